@@ -1,0 +1,33 @@
+# Two commands work on a fresh machine with nothing but Python 3.11+: `make demo` and `make test`.
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.rankloom-installed
+PYTHON ?= python3
+
+.PHONY: setup demo test test-all lint bench
+
+setup: $(STAMP)
+
+# torch comes first and pinned: a range would resolve to a CUDA build of several GB on a machine without a GPU.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/python -m rankloom demo --output demo-out
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-all: setup
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
+
+bench: setup
+	$(BIN)/python bench/step_overhead.py --json bench/results/step_overhead.json
+	$(BIN)/python bench/sketch.py --json bench/results/sketch.json
+	$(BIN)/python bench/attach.py --json bench/results/attach.json
