@@ -1,0 +1,19 @@
+"""The parameterisations: how ``delta`` is made of trainable tensors."""
+
+from rankloom.adapters.base import Adapter, AdapterPart, Binding, Trainable
+from rankloom.adapters.dense import Dense, DenseAdapter
+from rankloom.adapters.dora import DoRA, DoRAAdapter
+from rankloom.adapters.lora import LoRA, LowRankAdapter
+
+__all__ = [
+    "Adapter",
+    "AdapterPart",
+    "Binding",
+    "Dense",
+    "DenseAdapter",
+    "DoRA",
+    "DoRAAdapter",
+    "LoRA",
+    "LowRankAdapter",
+    "Trainable",
+]

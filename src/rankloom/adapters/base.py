@@ -1,0 +1,102 @@
+"""The adapter contract."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rankloom.parts import Part
+from rankloom.targets import Layer, Target
+
+__all__ = ["Adapter", "AdapterPart", "Binding", "Dtype", "Trainable", "adapter_dtype"]
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+
+
+class Adapter(nn.Module, ABC):
+    """One adapted weight: ``y = x (W + delta)^T + b`` with ``delta`` a function of this module's parameters.
+
+    Class facts: ``linear_in_x`` (the update is a matrix), ``mergeable``, ``needs_base`` (when ``W`` has to be readable),
+    ``seeded`` (frozen tensors are regenerated from a seed, not stored).
+    """
+
+    linear_in_x: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = True
+    needs_base: ClassVar[Literal["never", "init", "merge", "every_step"]] = "never"
+    seeded: ClassVar[bool] = False
+    roles: ClassVar[dict[str, str]] = {}  # parameter name -> role, for optimizers that treat factors differently
+
+    @abstractmethod
+    def forward(self, x: Tensor, base: Layer) -> Tensor:
+        """The adapted output; ``base(x)`` is the frozen layer's."""
+
+    @abstractmethod
+    def delta(self, base: Layer) -> Tensor:
+        """The dense update (out, in), exact: the oracle for tests, merging and export."""
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """``(B, A)`` with ``delta = B A`` exactly, scale folded in; None where the update has no such form."""
+        return None
+
+    def initialized(self, base: Layer) -> None:
+        """Called once after the init part has written the parameters; for what is derived from them."""
+
+
+class AdapterPart(Part):
+    """Settings that build one adapter per target."""
+
+    def build(self, target: Target) -> Adapter:
+        """A new adapter, its parameters uninitialised. Raises :class:`TargetError` where the target does not fit."""
+        raise NotImplementedError
+
+
+class Trainable(NamedTuple):
+    """A tensor the optimizer moves: full name, parameter, its role (``A``, ``B``, ``dense``, ``whole`` ...), its target."""
+
+    name: str
+    parameter: nn.Parameter
+    role: str
+    target: str | None
+
+
+@dataclass(eq=False)
+class Binding:
+    """A target and the adapter that sits on it."""
+
+    target: Target
+    adapter: Any  # an Adapter; Any because parts work with the concrete forms whose capabilities they asked for
+
+    @property
+    def name(self) -> str:
+        """The target's name."""
+        return self.target.name
+
+    @property
+    def layer(self) -> Layer:
+        """The target's frozen layer."""
+        return self.target.layer
+
+    def trainables(self) -> list[Trainable]:
+        """The adapter's trainable tensors."""
+        roles = self.adapter.roles
+        return [Trainable(f"{self.name}.{n}", p, roles[n], self.name) for n, p in self.adapter.named_parameters()]
+
+
+def adapter_dtype(setting: Dtype, layer: Layer) -> torch.dtype:
+    """The dtype of trainable tensors: ``auto`` keeps float64 and raises everything narrower to float32.
+
+    Optimizer steps are far below half precision's resolution, so trainable tensors are held in float32 over a half-precision
+    base; kernels cast the (small) factors, never the activations.
+    """
+    if setting != "auto":
+        return {
+            "float32": torch.float32,
+            "bfloat16": torch.bfloat16,
+            "float16": torch.float16,
+            "float64": torch.float64,
+        }[setting]
+    return torch.promote_types(layer.dtype, torch.float32)

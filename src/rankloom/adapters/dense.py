@@ -1,0 +1,52 @@
+"""The dense form: the weight itself is trained. Full fine-tuning, and what projected optimizers (GaLore) work on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rankloom.adapters.base import Adapter, AdapterPart, Dtype, adapter_dtype
+from rankloom.parts import part
+from rankloom.targets import Layer, Target
+
+__all__ = ["Dense", "DenseAdapter"]
+
+
+class DenseAdapter(Adapter):
+    """``delta = weight - W`` with a trainable copy ``weight`` (out, in): the stored base stays as it was."""
+
+    needs_base: ClassVar[Literal["never", "init", "merge", "every_step"]] = "init"
+    roles: ClassVar[dict[str, str]] = {"weight": "dense"}
+
+    def __init__(self, layer: Layer, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(layer.weight().to(dtype, copy=True).contiguous())
+
+    def delta(self, base: Layer) -> Tensor:
+        return self.weight - base.weight().to(self.weight.dtype)
+
+    def forward(self, x: Tensor, base: Layer) -> Tensor:
+        return base.apply(x, self.weight.to(x.dtype if x.is_floating_point() else base.dtype))
+
+
+@part("adapter", "dense")
+@dataclass(frozen=True)
+class Dense(AdapterPart):
+    """Train a copy of ``W``; ``in * out`` parameters per target.
+
+    ``dtype="base"`` keeps the base's own precision (half-precision training without a float32 copy, GaLore's setting);
+    ``auto`` holds the weight in float32 at least.
+    """
+
+    dtype: Dtype | Literal["base"] = "base"
+
+    @property
+    def offers(self) -> frozenset[str]:
+        return frozenset({"dense weights"})
+
+    def build(self, target: Target) -> DenseAdapter:
+        layer = target.layer
+        return DenseAdapter(layer, layer.dtype if self.dtype == "base" else adapter_dtype(self.dtype, layer))

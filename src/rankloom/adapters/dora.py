@@ -1,0 +1,87 @@
+"""DoRA (2402.09353): a magnitude per output row times the direction of ``W + s B A``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rankloom.adapters.lora import LoRA, LowRankAdapter, fusable
+from rankloom.kernels import dora_linear
+from rankloom.parts import part
+from rankloom.targets import Layer, Target
+
+__all__ = ["DoRA", "DoRAAdapter"]
+
+
+class DoRAAdapter(LowRankAdapter):
+    """``W_eff = diag(m / ||V||) V`` with ``V = W + s B A`` and ``||V||`` (out,) its row norms, constant in the gradient.
+
+    The norms come from the factors without forming ``V``:
+    ``||V||^2 = ||W||^2 + 2 s rowsum(B * (W A^T)) + s^2 rowsum(B * (B A A^T))``, and ``||W||^2`` is computed once.
+    """
+
+    needs_base: ClassVar[Literal["never", "init", "merge", "every_step"]] = "every_step"
+    roles: ClassVar[dict[str, str]] = {**LowRankAdapter.roles, "m": "magnitude"}
+    base_norm2: Tensor
+
+    def __init__(self, layer: Layer, **settings: Any) -> None:
+        super().__init__(layer, **settings)
+        self.m = nn.Parameter(torch.empty(layer.out_features, dtype=self.A.dtype, device=layer.device))
+        # The sum runs in the trainable dtype, whatever the storage: a half-precision norm would be off in the third digit.
+        norm2 = torch.linalg.vector_norm(layer.weight(), dim=1, dtype=self.m.dtype).square_()
+        self.register_buffer("base_norm2", norm2, persistent=False)
+
+    @torch.no_grad()
+    def initialized(self, base: Layer) -> None:
+        self.m.copy_(self.norm(base))  # the very expression the gain divides by, so step 0 multiplies by exactly one
+
+    @torch.no_grad()
+    def norm(self, base: Layer) -> Tensor:
+        """``||W + s B A||`` by rows (out,)."""
+        weight = base.weight()
+        a, b = self.rows(), self.scale * self.B
+        cross = (weight @ a.mT.to(weight.dtype)).to(b.dtype)
+        square = self.base_norm2 + ((2 * cross + b @ (a @ a.mT)) * b).sum(1)
+        return square.clamp_(min=torch.finfo(square.dtype).tiny).sqrt_()
+
+    def gain(self, base: Layer) -> Tensor:
+        """``m / ||V||`` (out,), differentiable in ``m`` only."""
+        return self.m / self.norm(base)
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        return None  # the magnitude moves W itself: the update has no low rank
+
+    def delta(self, base: Layer) -> Tensor:
+        weight = base.weight().to(self.m.dtype)
+        direction = weight + self.scale * self.B @ self.rows()
+        return self.gain(base)[:, None] * direction - weight
+
+    def forward(self, x: Tensor, base: Layer) -> Tensor:
+        dtype = x.dtype if x.is_floating_point() else base.dtype
+        a, b, gain = self.rows().to(dtype), self.B.to(dtype), self.gain(base).to(dtype)
+        if fusable(x, base) and not (self.dropout > 0 and self.training):
+            return dora_linear(x, base.weight(), base.bias(), a, b, gain, self.scale)
+        inner = nn.functional.dropout(x, self.dropout, self.training)
+        gain = base.broadcast(gain)
+        out = gain * (base(x) + base.lowrank(inner, a, self.scale * b))
+        bias = base.bias()
+        return out if bias is None else out + (1 - gain) * base.broadcast(bias)
+
+
+@part("adapter", "dora")
+@dataclass(frozen=True)
+class DoRA(LoRA):
+    """``y = m / ||W + s B A||_row * (x (W + s B A)^T) + b``; the norm is held constant in the gradient, as in the paper.
+
+    Settings as LoRA's. Parameters per target: ``r (in + out) + out``. Dropout acts on the low-rank path, never on the norm.
+    """
+
+    @property
+    def offers(self) -> frozenset[str]:
+        return super().offers | {"magnitude"}
+
+    def build(self, target: Target) -> DoRAAdapter:
+        return DoRAAdapter(target.layer, **self._arguments(target), diagonal=self.core == "diagonal")

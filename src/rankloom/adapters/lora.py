@@ -1,0 +1,139 @@
+"""The family ``delta = s * B diag(E) A``: LoRA (2106.09685), rsLoRA's scale (2312.03732), AdaLoRA's triplets (2303.10512)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from rankloom.adapters.base import Adapter, AdapterPart, Dtype, adapter_dtype
+from rankloom.errors import RecipeError, TargetError
+from rankloom.kernels import lowrank_linear
+from rankloom.parts import part
+from rankloom.targets import Layer, LinearLayer, Target, matches
+
+__all__ = ["SCALINGS", "LoRA", "LowRankAdapter"]
+
+T = TypeVar("T")
+Scaling = Literal["standard", "rslora", "triplet"]
+
+SCALINGS = {
+    "standard": lambda alpha, rank: alpha / rank,
+    "rslora": lambda alpha, rank: alpha / rank**0.5,
+    # AdaLoRA divides by the initial rank for the whole run, so pruning does not rescale survivors; 1e-5 as released.
+    "triplet": lambda alpha, rank: alpha / (rank + 1e-5),
+}
+
+
+class LowRankAdapter(Adapter):
+    """``delta = s * B A``, or ``s * B diag(E) A`` with a diagonal core; ``A`` (r, in), ``B`` (out, r), ``E`` (r,).
+
+    ``mask`` (r,) marks live components of a diagonal core: schedules switch components off in place, compaction happens at
+    export, and the parameters never change shape.
+    """
+
+    roles: ClassVar[dict[str, str]] = {"A": "A", "B": "B", "E": "core"}
+    mask: Tensor
+
+    def __init__(
+        self, layer: Layer, rank: int, scale: float, *, diagonal: bool, dropout: float, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        options = {"dtype": dtype, "device": layer.device}
+        self.rank, self.scale, self.dropout = rank, scale, dropout
+        self.A = nn.Parameter(torch.empty(rank, layer.in_features, **options))
+        self.B = nn.Parameter(torch.empty(layer.out_features, rank, **options))
+        self.E: nn.Parameter | None = None
+        if diagonal:
+            self.E = nn.Parameter(torch.zeros(rank, **options))
+            self.register_buffer("mask", torch.ones(rank, dtype=torch.bool, device=layer.device))
+
+    def rows(self) -> Tensor:
+        """``A`` with the core folded in: (r, in)."""
+        return self.A if self.E is None else (self.E * self.mask)[:, None] * self.A
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        return self.scale * self.B, self.rows()
+
+    def delta(self, base: Layer) -> Tensor:
+        return (self.scale * self.B) @ self.rows()
+
+    def forward(self, x: Tensor, base: Layer) -> Tensor:
+        dtype = x.dtype if x.is_floating_point() else base.dtype
+        a, b = self.rows().to(dtype), self.B.to(dtype)
+        dropped = self.dropout > 0 and self.training
+        if dropped or not fusable(x, base):
+            inner = nn.functional.dropout(x, self.dropout) if dropped else x
+            y = base(x)
+            return y + base.lowrank(inner, a, self.scale * b).to(y.dtype)
+        return lowrank_linear(x, base.weight(), base.bias(), a, b, self.scale)
+
+
+def fusable(x: Tensor, base: Layer) -> bool:
+    """Whether the fused kernels apply: a plain frozen linear weight of the input's own dtype, and no autocast."""
+    weight = base.stored
+    return (
+        isinstance(base, LinearLayer)
+        and base.ordinary
+        and weight.dtype == x.dtype
+        and not weight.requires_grad
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+@part("adapter", "lora")
+@dataclass(frozen=True)
+class LoRA(AdapterPart):
+    """``y = x (W + s B A)^T + b`` with ``s = alpha / r`` (``standard``) or ``alpha / sqrt(r)`` (``rslora``).
+
+    ``core="diagonal"`` puts ``diag(E)`` between the factors, which makes components rankable (AdaLoRA).
+    ``rank_pattern`` and ``alpha_pattern`` override rank and alpha for the targets a pattern matches (last match wins).
+    Parameters per target: ``r (in + out)``, with a diagonal core ``r (in + out + 1)``.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    scaling: Scaling = "standard"
+    core: Literal["identity", "diagonal"] = "identity"
+    dropout: float = 0.0
+    dtype: Dtype = "auto"
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def offers(self) -> frozenset[str]:
+        return frozenset({"factors", "ranked components"} if self.core == "diagonal" else {"factors"})
+
+    def check(self) -> None:
+        if min([self.rank, *self.rank_pattern.values()]) < 1:
+            raise RecipeError(f"adapter rank must be at least 1, got {self.rank} with rank_pattern {self.rank_pattern}")
+        if not 0 <= self.dropout < 1:
+            raise RecipeError(f"adapter dropout must be in [0, 1), got {self.dropout}")
+
+    def rank_of(self, target: str) -> int:
+        """The rank for a target name."""
+        return _last_match(self.rank_pattern, target, self.rank)
+
+    def scale_of(self, target: str) -> float:
+        """``s`` for a target name."""
+        return SCALINGS[self.scaling](_last_match(self.alpha_pattern, target, self.alpha), self.rank_of(target))
+
+    def build(self, target: Target) -> LowRankAdapter:
+        return LowRankAdapter(target.layer, **self._arguments(target), diagonal=self.core == "diagonal")
+
+    def _arguments(self, target: Target) -> dict[str, Any]:
+        rank, limit = self.rank_of(target.name), min(target.shape)
+        if rank > limit:
+            raise TargetError(
+                f"rank {rank} is above min(out, in) = {limit} of {target.name} {target.shape}: lower adapter.rank to at "
+                f"most {limit}, or set adapter.rank_pattern for this module"
+            )
+        dtype = adapter_dtype(self.dtype, target.layer)
+        return {"rank": rank, "scale": self.scale_of(target.name), "dropout": self.dropout, "dtype": dtype}
+
+
+def _last_match(patterns: dict[str, T], name: str, default: T) -> T:
+    found = [value for pattern, value in patterns.items() if matches(pattern, name)]
+    return found[-1] if found else default

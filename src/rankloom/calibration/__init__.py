@@ -1,0 +1,14 @@
+"""Streaming statistics of a model on data: gradient sketches and activation components. Nothing forms more than it must."""
+
+from rankloom.calibration.activations import ActivationComponents, activation_components
+from rankloom.calibration.data import Calibration
+from rankloom.calibration.gradients import GradientSVD, exact_gradients, gradient_svd
+
+__all__ = [
+    "ActivationComponents",
+    "Calibration",
+    "GradientSVD",
+    "activation_components",
+    "exact_gradients",
+    "gradient_svd",
+]

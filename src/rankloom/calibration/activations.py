@@ -1,0 +1,139 @@
+"""Leading components of every target's input activations, streamed over batches (incremental PCA, as EVA uses it)."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankloom.calibration.data import Calibration, batches_of, quiet
+from rankloom.errors import DataError
+from rankloom.linalg import randomized_svd, truncated_svd
+from rankloom.targets import Target
+
+__all__ = ["ActivationComponents", "activation_components"]
+
+
+@dataclass
+class ActivationComponents:
+    """Principal directions of a target's inputs.
+
+    ``V`` (in, k) orthonormal columns, ``S`` (k,) singular values of the (centred) data, ``ratio`` (k,) explained variance
+    ratio of each, ``mean`` (in,), ``tokens`` how many rows were seen.
+    """
+
+    V: Tensor
+    S: Tensor
+    ratio: Tensor
+    mean: Tensor
+    tokens: int
+
+
+class _IncrementalPCA:
+    """Ross et al.'s incremental SVD with mean update: memory O(k * in), exact while the data has at most k directions."""
+
+    def __init__(self, components: int, center: bool, generator: torch.Generator) -> None:
+        self.components, self.center, self.generator = components, center, generator
+        self.tokens = 0
+        self.mean = self.square = self.sv = torch.empty(0)
+
+    def add(self, x: Tensor) -> None:
+        """Add rows (tokens, in)."""
+        count, total = x.shape[0], self.tokens + x.shape[0]
+        batch_mean = x.mean(0) if self.center else torch.zeros_like(x[0])
+        rows = x - batch_mean
+        if self.tokens == 0:
+            self.mean, self.square = batch_mean, x.square().sum(0)
+        else:
+            shift = (self.tokens / total * count) ** 0.5 * (self.mean - batch_mean)
+            rows = torch.cat([self.sv, rows, shift[None]])
+            self.mean = (self.tokens * self.mean + count * batch_mean) / total
+            self.square = self.square + x.square().sum(0)
+        _, s, v = self._svd(rows)
+        self.sv, self.tokens = s[:, None] * v.mT, total
+
+    def _svd(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        wanted = min(self.components, *rows.shape)
+        if 3 * wanted >= min(rows.shape):
+            return truncated_svd(rows, wanted)
+        return randomized_svd(rows, wanted, oversample=wanted, power=4, generator=self.generator)
+
+    def result(self) -> ActivationComponents:
+        s = self.sv.norm(dim=1)
+        v = (self.sv / s.clamp(min=torch.finfo(s.dtype).tiny)[:, None]).mT
+        # The largest entry of each direction is positive: a convention, so that repeated fits agree in sign.
+        sign = v.gather(0, v.abs().argmax(0, keepdim=True)).sign()
+        variance = (self.square - self.tokens * self.mean.square()).sum() if self.center else self.square.sum()
+        ratio = s.square() / variance.clamp(min=torch.finfo(s.dtype).tiny)
+        return ActivationComponents(v * sign, s, ratio, self.mean, self.tokens)
+
+
+def default_mask(batch: Any) -> Tensor | None:
+    """Tokens that count: attended, and labelled where labels align with tokens one to one."""
+    mask = batch.get("attention_mask")
+    labels = batch.get("labels")
+    ids = batch.get("input_ids")
+    if labels is not None and ids is not None and labels.shape == ids.shape:
+        labelled = labels != -100
+        mask = labelled if mask is None else mask.bool() & labelled
+    return None if mask is None else mask.bool()
+
+
+@torch.no_grad()
+def activation_components(
+    model: nn.Module,
+    targets: list[Target],
+    calibration: Calibration,
+    *,
+    components: int,
+    center: bool = True,
+    seed: int = 0,
+) -> dict[str, ActivationComponents]:
+    """The leading ``components`` directions of every target's inputs over the calibration data; forward passes only.
+
+    Targets that read one and the same tensor (q, k, v; gate, up) share one decomposition. Rows are cast to float32 or
+    wider. ``center=True`` drops the mean direction (PCA, the released EVA); ``False`` is the plain SVD of the activations.
+
+    Raises:
+        DataError: no data, or no token that counts.
+    """
+    leaders: dict[str, str] = {}
+    fits: dict[str, _IncrementalPCA] = {}
+    seen: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # by identity: an address alone is reused within one forward
+    mask: list[Tensor | None] = [None]
+
+    def hook_for(target: Target) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            known, first = seen.get(id(x), (None, target.name))
+            if known is None or known() is not x:
+                seen[id(x)], first = (weakref.ref(x), target.name), target.name
+            if leaders.setdefault(target.name, first) != target.name:
+                return
+            rows = x[mask[0]] if mask[0] is not None and mask[0].shape == x.shape[:-1] else x.reshape(-1, x.shape[-1])
+            if len(rows) == 0:
+                return
+            if target.name not in fits:
+                fits[target.name] = _IncrementalPCA(components, center, torch.Generator().manual_seed(seed))
+            fits[target.name].add(rows.to(torch.promote_types(rows.dtype, torch.float32)))
+
+        return hook
+
+    handles = [model.get_submodule(t.module_name).register_forward_pre_hook(hook_for(t)) for t in targets]
+    try:
+        with quiet(model):
+            for batch in batches_of(model, calibration):
+                mask[0] = calibration.mask_fn(batch) if calibration.mask_fn else default_mask(batch)
+                calibration.loss_fn(model, batch)
+                seen.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if missing := [name for name, leader in leaders.items() if leader not in fits]:
+        raise DataError(f"no calibration token counts for {missing[0]}: every token is masked or unlabelled")
+    results = {name: fit.result() for name, fit in fits.items()}
+    return {name: results[leader] for name, leader in leaders.items()}

@@ -1,0 +1,50 @@
+"""The init contract: gather evidence on the bare model, then write the adapters' parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from rankloom.adapters import Binding
+from rankloom.calibration import Calibration
+from rankloom.calibration.gradients import target_generator
+from rankloom.parts import Part
+
+__all__ = ["InitContext", "InitPart"]
+
+
+@dataclass
+class InitContext:
+    """What an init works with: the bindings, its evidence, the seed, the adapted model's loss, and a report to fill."""
+
+    bindings: list[Binding]
+    evidence: Any
+    seed: int
+    loss: Callable[[], float] | None = None
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def generator(self, binding: Binding) -> torch.Generator:
+        """The binding's own generator."""
+        return target_generator(self.seed, binding.name)
+
+
+class InitPart(Part):
+    """Settings and algorithm of a start.
+
+    ``evidence`` names what it looks at, ``moves_output`` whether the paper leaves the pretrained function at step 0.
+    """
+
+    evidence: ClassVar[Literal["none", "weight", "gradient", "activations"]] = "none"
+    moves_output: ClassVar[bool] = False
+
+    def gather(self, model: nn.Module, bindings: list[Binding], calibration: Calibration, seed: int) -> Any:
+        """Collect the evidence; the model carries no adapters yet. Called only where ``evidence`` needs data."""
+        return None
+
+    def apply(self, context: InitContext) -> None:
+        """Write every binding's parameters (no gradients are recorded)."""
+        raise NotImplementedError

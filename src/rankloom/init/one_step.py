@@ -1,0 +1,139 @@
+"""LoRA-One (2502.01235): start as the best rank-r step along one full negative gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rankloom.adapters import Binding, LowRankAdapter
+from rankloom.calibration import Calibration, GradientSVD, exact_gradients, gradient_svd
+from rankloom.calibration.gradients import GradientReport
+from rankloom.errors import GradientError, RecipeError
+from rankloom.init.base import InitContext, InitPart
+from rankloom.init.random import kaiming_rows
+from rankloom.parts import part
+
+__all__ = ["OneStepGradient", "spectral_factors"]
+
+
+def spectral_factors(u: Tensor, s: Tensor, v: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """``B0 = U diag(sqrt(S/S1)) / sqrt(gamma)`` (out, r), ``A0 = diag(sqrt(S/S1)) V^T / sqrt(gamma)`` (r, in).
+
+    ``U diag(S) V^T`` is the rank-r part of the NEGATIVE gradient, so ``s B0 A0 = alpha / (gamma sqrt(r) S1) * N_r``.
+    """
+    root = (s / s[0] / gamma).sqrt()
+    return u * root, root[:, None] * v.mT
+
+
+@part("init", "one-step-gradient")
+@dataclass(frozen=True)
+class OneStepGradient(InitPart):
+    """LoRA-One's start, Algorithm 1: with ``N = -G = U diag(S) V^T`` the negative full gradient on the calibration data,
+
+    ``B0 = U_r diag(sqrt(S_i / S1)) / sqrt(gamma)``, ``A0 = diag(sqrt(S_i / S1)) V_r^T / sqrt(gamma)``.
+
+    The initial change of every weight has operator norm ``s / gamma``, whatever the gradient's size; nothing is subtracted,
+    so the function at step 0 is the pretrained one after a rank-r gradient step.
+
+    ``gamma``: a number, or ``"auto"``: a line search on the calibration loss over ``grid`` (128 where nothing lowers it).
+    ``method``: ``"sketch"`` streams the triplets in ``passes`` passes at width ``r + oversample`` (more where ``tolerance``
+    asks), ``"exact"`` holds the full gradients. Directions with ``S_i <= dead * S1`` carry no signal and would never get
+    one, both factors being zero: they start as LoRA's do (A random, B zero), and so does a target whose gradient is zero.
+    """
+
+    gamma: float | Literal["auto"] = 128.0
+    method: Literal["sketch", "exact"] = "sketch"
+    oversample: int = 24
+    passes: int = 3
+    tolerance: float | None = None
+    dead: float = 1e-6
+    grid: tuple[float, ...] = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
+
+    evidence: ClassVar[Literal["none", "weight", "gradient", "activations"]] = "gradient"
+    moves_output: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"factors"})
+
+    def check(self) -> None:
+        if (self.gamma != "auto" and self.gamma <= 0) or min(self.grid, default=0) <= 0:
+            raise RecipeError(f"init gamma and its grid must be positive, got {self.gamma} and {self.grid}")
+        if self.passes < 2:
+            raise RecipeError(f"init passes must be at least 2 (range, projection), got {self.passes}")
+
+    def gather(self, model: nn.Module, bindings: list[Binding], calibration: Calibration, seed: int) -> GradientReport:
+        targets = [binding.target for binding in bindings]
+        rank = max(binding.adapter.rank for binding in bindings)
+        if self.method == "exact":
+            return exact_gradients(model, targets, calibration, rank=rank)[1]
+        return gradient_svd(
+            model,
+            targets,
+            calibration,
+            rank=rank,
+            oversample=self.oversample,
+            passes=self.passes,
+            tolerance=self.tolerance,
+            seed=seed,
+        )
+
+    def apply(self, context: InitContext) -> None:
+        gathered: GradientReport = context.evidence
+        unit = 1.0 if self.gamma == "auto" else self.gamma
+        dead = {b.name: self._write(b, gathered.svds[b.name], unit, context) for b in context.bindings}
+        context.report.update(
+            seconds=gathered.seconds,
+            passes=gathered.passes,
+            loss=gathered.loss,
+            tokens=gathered.tokens,
+            captured=gathered.captured,
+            dead_directions={name: count for name, count in dead.items() if count},
+        )
+        if self.gamma == "auto":
+            self._line_search(context)
+
+    def _write(self, binding: Binding, svd: GradientSVD, gamma: float, context: InitContext) -> int:
+        adapter: LowRankAdapter = binding.adapter
+        u, s, v = svd.top(adapter.rank)
+        adapter.A.copy_(kaiming_rows(adapter.A, binding.layer, context.generator(binding)))
+        adapter.B.zero_()
+        if adapter.E is not None:
+            adapter.E.fill_(1.0)
+        live = int((s > max(self.dead * float(s[0]), torch.finfo(s.dtype).tiny)).sum())
+        if live:
+            b, a = spectral_factors(-u[:, :live], s[:live], v[:, :live], gamma)
+            adapter.B[:, :live] = b.to(adapter.B.dtype)
+            adapter.A[:live] = a.to(adapter.A.dtype)
+        return adapter.rank - live
+
+    def _line_search(self, context: InitContext) -> None:
+        """The gamma of the grid with the lowest calibration loss: one forward pass over the data each."""
+        assert context.loss is not None
+        start = {b.name: (b.adapter.A.clone(), b.adapter.B.clone()) for b in context.bindings}
+        live = {b.name: b.adapter.B.abs().sum(0) > 0 for b in context.bindings}
+
+        def set_gamma(gamma: float) -> None:
+            for b in context.bindings:
+                a, up = start[b.name]
+                b.adapter.B.copy_(up / gamma**0.5)
+                b.adapter.A.copy_(torch.where(live[b.name][:, None], a / gamma**0.5, a))
+                b.adapter.initialized(b.layer)
+
+        losses: dict[float, float] = {}
+        for gamma in self.grid:
+            set_gamma(gamma)
+            losses[gamma] = context.loss()
+        finite = {g: loss for g, loss in losses.items() if loss == loss}
+        if not finite:
+            raise GradientError(
+                "no gamma of the grid gives a finite calibration loss: set init.gamma, or larger grid values"
+            )
+        best = min(finite, key=lambda g: finite[g])
+        if finite[best] >= context.report["loss"]:
+            best = 128.0
+        set_gamma(best)
+        context.report.update(gamma=best, gamma_losses=losses)

@@ -1,0 +1,82 @@
+"""Starts that look at no data: LoRA's Kaiming, a small Gaussian, and leaving dense weights as they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rankloom.adapters import LowRankAdapter
+from rankloom.init.base import InitContext, InitPart
+from rankloom.parts import part
+from rankloom.targets import EmbeddingLayer, Layer
+
+__all__ = ["AsStored", "Gaussian", "Kaiming", "kaiming_rows"]
+
+
+def kaiming_rows(like: Tensor, layer: Layer, generator: torch.Generator) -> Tensor:
+    """Rows of ``A``: uniform in +-1/sqrt(in), or standard normal for a look-up table, whose inputs are one-hot."""
+    cpu = torch.empty(like.shape, dtype=like.dtype)
+    if isinstance(layer, EmbeddingLayer):
+        return cpu.normal_(generator=generator)
+    bound = layer.in_features**-0.5
+    return cpu.uniform_(-bound, bound, generator=generator)
+
+
+@part("init", "kaiming")
+@dataclass(frozen=True)
+class Kaiming(InitPart):
+    """LoRA's start (2106.09685): ``A ~ U(-1/sqrt(in), 1/sqrt(in))``, ``B = 0``; a diagonal core starts at one.
+
+    On an embedding ``A`` is standard normal, where the released code has ``A = 0`` and ``B`` normal: the same delta, zero,
+    and the factor that starts at zero is again the one on the output side.
+    """
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"factors"})
+
+    def apply(self, context: InitContext) -> None:
+        for binding in context.bindings:
+            adapter: LowRankAdapter = binding.adapter
+            adapter.A.copy_(kaiming_rows(adapter.A, binding.layer, context.generator(binding)))
+            adapter.B.zero_()
+            if adapter.E is not None:
+                adapter.E.fill_(1.0)
+
+
+@part("init", "gaussian")
+@dataclass(frozen=True)
+class Gaussian(InitPart):
+    """``A, B ~ N(0, std^2)`` with a diagonal core at zero (AdaLoRA, 2303.10512); without a core ``B = 0``."""
+
+    std: float = 0.02
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"factors"})
+
+    def apply(self, context: InitContext) -> None:
+        for binding in context.bindings:
+            adapter: LowRankAdapter = binding.adapter
+            generator = context.generator(binding)
+            adapter.A.copy_(torch.randn(adapter.A.shape, generator=generator) * self.std)
+            if adapter.E is None:
+                adapter.B.zero_()
+            else:
+                adapter.B.copy_(torch.randn(adapter.B.shape, generator=generator) * self.std)
+                adapter.E.zero_()
+
+
+@part("init", "as-stored")
+@dataclass(frozen=True)
+class AsStored(InitPart):
+    """Dense weights start as the base has them."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"dense weights"})
+
+    def apply(self, context: InitContext) -> None:
+        """Nothing to write: the adapter was built as a copy."""

@@ -1,0 +1,103 @@
+"""THE TABLE: every published method as a recipe. Somebody who reads this file knows the field.
+
+``rankloom.methods.get("lora-one")`` gives the recipe; ``rankloom methods lora-one`` prints it expanded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rankloom.adapters import Dense, DoRA, LoRA
+from rankloom.errors import RecipeError, near_names
+from rankloom.init import AsStored, Gaussian, OneStepGradient
+from rankloom.optim import Projected
+from rankloom.rank import AdaLoRA
+from rankloom.recipe import Recipe
+from rankloom.targets import Targets
+
+__all__ = ["TABLE", "Method", "get"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One published method: its recipe, its paper, and where we, the paper and the released code part ways."""
+
+    recipe: Recipe
+    title: str
+    paper: str
+    summary: str
+    parameters: str = "r (in + out) per target"
+    export: str = "exact"
+    deviations: str = ""
+
+
+EVERYTHING_ELSE = Targets(train=("*",))  # adapt all linears, train the rest whole
+
+TABLE: dict[str, Method] = {
+    "lora": Method(
+        Recipe(adapter=LoRA(rank=8, alpha=16)),
+        "LoRA: Low-Rank Adaptation of Large Language Models",
+        "arXiv 2106.09685",
+        "W + (alpha / r) B A, A random, B zero.",
+    ),
+    "rslora": Method(
+        Recipe(adapter=LoRA(rank=8, alpha=16, scaling="rslora")),
+        "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
+        "arXiv 2312.03732",
+        "LoRA scaled by alpha / sqrt(r), so that updates do not shrink with rank.",
+    ),
+    "dora": Method(
+        Recipe(adapter=DoRA(rank=8, alpha=16)),
+        "DoRA: Weight-Decomposed Low-Rank Adaptation",
+        "arXiv 2402.09353",
+        "A trainable magnitude per output row times the direction of W + s B A.",
+        parameters="r (in + out) + out per target",
+        export="exact (PEFT DoRA); plain LoRA only approximately",
+    ),
+    "lora-one": Method(
+        Recipe(adapter=LoRA(rank=8, alpha=16, scaling="rslora"), init=OneStepGradient(gamma=128)),
+        "LoRA-One: One-Step Full Gradient Could Suffice for Fine-Tuning Large Language Models",
+        "arXiv 2502.01235",
+        "LoRA that starts as the best rank-r step along one full negative gradient.",
+        deviations="the released code averages micro-batch means with dropout on and takes the first examples; here the mean "
+        "is over tokens, without dropout. Triplets come from a three-pass streamed sketch (init.method='exact' for the full "
+        "gradient). Directions without gradient start as LoRA's.",
+    ),
+    "adalora": Method(
+        Recipe(
+            adapter=LoRA(rank=12, alpha=12, scaling="triplet", core="diagonal"),
+            init=Gaussian(std=0.02),
+            rank=AdaLoRA(target_rank=8),
+        ),
+        "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning",
+        "arXiv 2303.10512",
+        "SVD-shaped triplets under a global budget that falls to its target by importance.",
+        parameters="r (in + out + 1) per target while training, live ranks after export",
+        deviations="ties keep the earlier component, so exactly the budget survives (the released code may prune more). "
+        "Warm-up and final phase default to 10 % and 30 % of the run, allocation to every 10 steps.",
+    ),
+    "galore": Method(
+        Recipe(targets=EVERYTHING_ELSE, adapter=Dense(), init=AsStored(), optimizer=Projected(rank=128, every=200)),
+        "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection",
+        "arXiv 2403.03507",
+        "Full-parameter training with AdamW's moments in the top singular subspace of each gradient.",
+        parameters="in * out per target, and all other parameters",
+        export="best rank-k approximation with its measured error; merged weights exactly",
+        deviations="torch's AdamW (bias-corrected eps, decay before the update) instead of the released code's older one.",
+    ),
+    "full": Method(
+        Recipe(targets=EVERYTHING_ELSE, adapter=Dense(), init=AsStored()),
+        "Full fine-tuning",
+        "the baseline",
+        "Every parameter trained.",
+        parameters="all",
+        export="best rank-k approximation with its measured error; merged weights exactly",
+    ),
+}
+
+
+def get(name: str) -> Recipe:
+    """The recipe of a method. Raises :class:`RecipeError` with near names for one that is not in the table."""
+    if name not in TABLE:
+        raise RecipeError(f"unknown method {name!r}{near_names(name, TABLE)} (known: {', '.join(TABLE)})")
+    return TABLE[name].recipe

@@ -1,0 +1,102 @@
+"""What every part of a recipe has in common: settings, the slot it fills, what it needs and offers, and its plain form.
+
+A part is a small frozen dataclass of settings. ``@part(slot, kind)`` enters it in the registry under the two names that
+YAML, JSON, manifests and error messages use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
+
+from rankloom.errors import RecipeError, near_names
+
+__all__ = ["SLOTS", "Part", "kinds", "part", "part_from_dict"]
+
+SLOTS = ("targets", "adapter", "init", "rank", "optimizer", "routing", "base", "lifecycle")
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One choice on one axis of a recipe.
+
+    ``needs`` and ``offers`` are names of capabilities. A recipe is possible when every need of every part is offered by
+    another of its parts; they are properties because settings decide them (a LoRA with a diagonal core offers ranks).
+    """
+
+    slot: ClassVar[str]
+    kind: ClassVar[str]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Capabilities that other parts of the recipe have to offer."""
+        return frozenset()
+
+    @property
+    def offers(self) -> frozenset[str]:
+        """Capabilities that this part brings to the recipe."""
+        return frozenset()
+
+    def check(self) -> None:
+        """Raise :class:`RecipeError` where the settings alone are impossible."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plain form: ``kind`` and every setting."""
+        return {"kind": self.kind, **dataclasses.asdict(self)}
+
+
+_REGISTRY: dict[str, dict[str, type[Part]]] = {slot: {} for slot in SLOTS}
+P = TypeVar("P", bound=type[Part])
+
+
+def part(slot: str, kind: str) -> Callable[[P], P]:
+    """Class decorator: enter a part in the registry as ``kind`` of ``slot``."""
+
+    def enter(cls: P) -> P:
+        cls.slot, cls.kind = slot, kind
+        _REGISTRY[slot][kind] = cls
+        return cls
+
+    return enter
+
+
+def kinds(slot: str) -> Mapping[str, type[Part]]:
+    """All registered parts of a slot by kind."""
+    return _REGISTRY[slot]
+
+
+def part_from_dict(slot: str, plain: Mapping[str, Any] | str) -> Part:
+    """Rebuild a part from its plain form (or its kind alone), validating every setting.
+
+    Raises:
+        RecipeError: unknown kind or setting (with near names), or a value of the wrong type.
+    """
+    fields = {"kind": plain} if isinstance(plain, str) else dict(plain)
+    registry = _REGISTRY[slot]
+    kind = fields.pop("kind", next(iter(registry)) if len(registry) == 1 else None)
+    if kind not in registry:
+        known = ", ".join(sorted(registry))
+        raise RecipeError(f"unknown {slot} {kind!r}{near_names(str(kind), registry)} (known: {known})")
+    cls = registry[kind]
+    settings = [f.name for f in dataclasses.fields(cls)]
+    for name in fields:
+        if name not in settings:
+            hint = near_names(name, settings)
+            raise RecipeError(
+                f"{slot} {kind!r} has no setting {name!r}{hint} (settings: {', '.join(settings) or 'none'})"
+            )
+    return _validated(cls, fields)
+
+
+def _validated(cls: type[Part], fields: dict[str, Any]) -> Part:
+    import pydantic  # here, not above: only reading recipes needs it
+
+    try:
+        made = pydantic.TypeAdapter(cls).validate_python(fields)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(p) for p in first["loc"])
+        raise RecipeError(f"{cls.slot} {cls.kind!r}: {where}: {first['msg']} (got {first['input']!r})") from None
+    made.check()
+    return made

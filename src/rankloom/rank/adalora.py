@@ -1,0 +1,168 @@
+"""AdaLoRA (2303.10512): a global rank budget, pruned to its target by a smoothed sensitivity score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankloom.adapters import Binding
+from rankloom.errors import RecipeError
+from rankloom.events import Schedule, broadcast
+from rankloom.parts import part
+from rankloom.rank.base import RankPart
+
+__all__ = ["AdaLoRA", "AdaLoRASchedule", "budget_at"]
+
+
+def budget_at(step: int, *, first: int, last: int, warmup: int, final: int, total: int) -> int:
+    """The number of live components after ``step`` steps: ``first``, then a cubic descent to ``last`` at ``total - final``."""
+    if step <= warmup:
+        return first
+    if step > total - final:
+        return last
+    left = 1 - (step - warmup) / (total - final - warmup)
+    return int(last + (first - last) * left**3)
+
+
+def decide(scores: Tensor, keep: int) -> Tensor:
+    """Mask of the ``keep`` highest scores; ties fall to the earlier component, so exactly ``keep`` survive."""
+    order = torch.argsort(scores, descending=True, stable=True)
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    mask[order[:keep]] = True
+    return mask
+
+
+class _Sensitivity:
+    """``I``, ``U``: running sensitivity ``|p * grad|`` and its uncertainty, elementwise over one tensor."""
+
+    def __init__(self, parameter: Tensor) -> None:
+        self.parameter = parameter
+        self.mean, self.spread = torch.zeros_like(parameter), torch.zeros_like(parameter)
+
+    def update(self, beta1: float, beta2: float) -> None:
+        grad = self.parameter.grad
+        score = (self.parameter * grad).abs() if grad is not None else torch.zeros_like(self.parameter)
+        self.mean.mul_(beta1).add_(score, alpha=1 - beta1)
+        self.spread.mul_(beta2).add_((score - self.mean).abs(), alpha=1 - beta2)
+
+    def score(self) -> Tensor:
+        return self.mean * self.spread
+
+
+class AdaLoRASchedule(Schedule):
+    """The allocator of one run. A component is pruned by zeroing its core entry; until the final phase it may revive."""
+
+    def __init__(self, settings: AdaLoRA, bindings: list[Binding], total_steps: int) -> None:
+        self.settings, self.bindings, self.total = settings, bindings, total_steps
+        self.warmup, self.final = (_steps(s, total_steps) for s in (settings.warmup, settings.final))
+        if self.warmup >= total_steps - self.final:
+            raise RecipeError(
+                f"AdaLoRA has no steps left to prune in: warmup {self.warmup} + final {self.final} of {total_steps} steps; "
+                f"train longer or lower rank.warmup and rank.final"
+            )
+        self.interval = settings.interval
+        self.first = sum(b.adapter.rank for b in bindings)
+        self.last = settings.target_rank * len(bindings)
+        self.scores = {
+            b.name: {n: _Sensitivity(p) for n, p in b.adapter.named_parameters() if n in "ABE"} for b in bindings
+        }
+
+    def budget(self, step: int) -> int:
+        """Live components wanted after ``step`` steps."""
+        return budget_at(step, first=self.first, last=self.last, warmup=self.warmup, final=self.final, total=self.total)
+
+    def extra_loss(self, step: int) -> Tensor | None:
+        """``weight / N * sum ||A A^T - I||_F + ||B^T B - I||_F`` over the N factor tensors (norms, not squared)."""
+        if not self.settings.orthogonality:
+            return None
+        grams = [gram for b in self.bindings for gram in (b.adapter.A @ b.adapter.A.mT, b.adapter.B.mT @ b.adapter.B)]
+        norms = [(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).norm() for gram in grams]
+        return self.settings.orthogonality * torch.stack(norms).mean()
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Scores move while the budget does; the pattern, once final, is enforced after every step."""
+        if step < self.total - self.final:
+            for tensors in self.scores.values():
+                for sensitivity in tensors.values():
+                    sensitivity.update(self.settings.beta1, self.settings.beta2)
+        if step == self.total - self.final:
+            self.apply(self.plan(step))
+            self._fix_pattern()
+        for b in self.bindings:
+            b.adapter.E.mul_(b.adapter.mask)
+
+    @torch.no_grad()
+    def on_interval(self, step: int) -> None:
+        if self.warmup < step < self.total - self.final:
+            self.apply(self.plan(step))
+
+    def component_scores(self) -> Tensor:
+        """``q(E_i) + mean_j q(A_ij) + mean_j q(B_ji)`` of every component, targets in order."""
+        return torch.cat(
+            [s["E"].score() + s["A"].score().mean(1) + s["B"].score().mean(0) for s in self.scores.values()]
+        )
+
+    def plan(self, step: int) -> Tensor:
+        """Which components stay (one mask over all targets)."""
+        return broadcast(decide(self.component_scores(), self.budget(step)))
+
+    def apply(self, plan: Tensor) -> None:
+        """Zero the core of pruned components; factors and optimizer moments stay, so a component can come back."""
+        for b, live in zip(self.bindings, plan.split([b.adapter.rank for b in self.bindings]), strict=True):
+            b.adapter.E.mul_(live)
+
+    def _fix_pattern(self) -> None:
+        for b in self.bindings:
+            b.adapter.mask.copy_(b.adapter.E != 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            f"{target}.{name}.{key}": getattr(sensitivity, key)
+            for target, tensors in self.scores.items()
+            for name, sensitivity in tensors.items()
+            for key in ("mean", "spread")
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for key, tensor in self.state_dict().items():
+            tensor.copy_(state[key])
+
+
+def _steps(setting: float, total: int) -> int:
+    return round(setting * total) if isinstance(setting, float) and setting < 1 else int(setting)
+
+
+@part("rank", "adalora")
+@dataclass(frozen=True)
+class AdaLoRA(RankPart):
+    """AdaLoRA's budget: start at the adapters' rank, end at ``target_rank`` per target on average.
+
+    ``warmup`` and ``final`` are optimizer steps, or fractions of the run below 1; between them the budget falls cubically
+    and is allocated every ``interval`` steps. ``beta1``, ``beta2`` smooth sensitivity and uncertainty; ``orthogonality``
+    weighs the regulariser. Needs a diagonal core; the run's length has to be known.
+    """
+
+    target_rank: int = 8
+    warmup: int | float = 0.1
+    final: int | float = 0.3
+    interval: int = 10
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orthogonality: float = 0.5
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"ranked components"})
+
+    def check(self) -> None:
+        if self.target_rank < 0 or self.interval < 1:
+            raise RecipeError("AdaLoRA needs rank.target_rank >= 0 and rank.interval >= 1")
+
+    def build(self, bindings: list[Binding], total_steps: int | None) -> AdaLoRASchedule:
+        if total_steps is None:
+            raise RecipeError("AdaLoRA prunes over the whole run: pass its length, optimizer(lr, total_steps=...)")
+        return AdaLoRASchedule(self, bindings, total_steps)

@@ -1,0 +1,164 @@
+"""A run as eight independent choices: compose, check, print, and round-trip through YAML and JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from torch import nn
+
+from rankloom.adapters import AdapterPart, LoRA
+from rankloom.base import AsLoaded
+from rankloom.errors import CompositionError, RecipeError, near_names
+from rankloom.init import InitPart, Kaiming
+from rankloom.lifecycle import Once
+from rankloom.optim import AdamW, OptimizerPart
+from rankloom.parts import SLOTS, Part, kinds, part_from_dict
+from rankloom.rank import Fixed, RankPart
+from rankloom.routing import Single
+from rankloom.targets import Targets, find_targets, whole_parameters
+
+__all__ = ["Recipe"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which weights, which form, which start, which ranks over time, which updates, which routing, storage, lifecycle."""
+
+    targets: Targets = Targets()
+    adapter: AdapterPart = dataclasses.field(default_factory=LoRA)
+    init: InitPart = Kaiming()
+    rank: RankPart = Fixed()
+    optimizer: OptimizerPart = AdamW()
+    routing: Part = Single()
+    base: Part = AsLoaded()
+    lifecycle: Part = Once()
+
+    def parts(self) -> dict[str, Part]:
+        """The parts by slot."""
+        return {slot: getattr(self, slot) for slot in SLOTS}
+
+    def check(self, model: nn.Module | None = None) -> None:
+        """Raise before anything is allocated where the parts cannot work together, or on ``model``.
+
+        Raises:
+            CompositionError: a part needs what no other part offers; names both and what would work instead.
+            TargetError: a pattern matches nothing on ``model``, a rank does not fit, a tie is undeclared.
+        """
+        for part in self.parts().values():
+            part.check()
+        for slot, part in self.parts().items():
+            for need in sorted(part.needs):
+                if not any(need in other.offers for other in self.parts().values()):
+                    raise CompositionError(self._impossible(slot, part, need))
+        if model is not None:
+            targets = find_targets(model, self.targets)
+            if not targets and not whole_parameters(model, self.targets, targets):
+                raise CompositionError("the recipe adapts nothing on this model: give targets.modules or targets.train")
+
+    def _impossible(self, slot: str, part: Part, need: str) -> str:
+        instead = [f"{s} {hint!r}" for s in SLOTS for hint in _offering(s, need)]
+        return (
+            f"{slot} {part.kind!r} needs {need}, which adapter {self.adapter.kind!r} does not have; "
+            f"it works with {', '.join(instead) or 'no registered part'}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plain form: every slot, every setting."""
+        return {slot: part.to_dict() for slot, part in self.parts().items()}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Recipe:
+        """Rebuild from the plain form; slots left out take their defaults.
+
+        Raises:
+            RecipeError: an unknown slot, kind or setting (near names shown), or a value of the wrong type.
+        """
+        for slot in plain:
+            if slot not in SLOTS:
+                raise RecipeError(f"a recipe has no slot {slot!r}{near_names(slot, SLOTS)} (slots: {', '.join(SLOTS)})")
+        return cls(**{slot: cast(Any, part_from_dict(slot, fields)) for slot, fields in plain.items()})
+
+    def to_json(self) -> str:
+        """The plain form as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_yaml(self) -> str:
+        """The plain form as YAML."""
+        return yaml.safe_dump(json.loads(json.dumps(self.to_dict())), sort_keys=False)
+
+    @classmethod
+    def from_text(cls, text: str) -> Recipe:
+        """Read YAML (JSON is YAML)."""
+        try:
+            plain = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"the recipe is not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(plain, dict):
+            raise RecipeError("a recipe is a mapping of slots, such as {adapter: {kind: lora, rank: 8}}")
+        return cls.from_dict(plain)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Recipe:
+        """Read a YAML or JSON file."""
+        try:
+            return cls.from_text(Path(path).read_text())
+        except OSError as error:
+            raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from None
+
+    def with_(self, changes: Mapping[str, Any] | None = None, **slots: Part | Mapping[str, Any] | str) -> Recipe:
+        """A copy with parts replaced (``init="kaiming"``) or settings changed (``{"adapter.rank": 16}``).
+
+        A mapping for a slot changes settings of the part that is there, unless it names another ``kind``.
+        """
+        plain: dict[str, Any] = self.to_dict()
+        for slot, value in slots.items():
+            plain[slot] = _merged(plain.get(slot, {}), value)
+        for path, value in (changes or {}).items():
+            slot, _, setting = path.partition(".")
+            if setting.split(".")[0] == "kind":
+                plain[slot] = {"kind": value}
+            else:
+                plain[slot] = _merged(plain.get(slot, {}), {setting: value} if setting else value)
+        return type(self).from_dict(plain)
+
+    def expand(self) -> str:
+        """The composition as text: a line a slot, with every setting that differs from its part's default."""
+        return "\n".join(f"{slot:<10} {_line(part)}" for slot, part in self.parts().items())
+
+
+def _merged(current: Mapping[str, Any], value: Any) -> Any:
+    if isinstance(value, Part):
+        return value.to_dict()
+    if isinstance(value, Mapping) and value.get("kind", current.get("kind")) == current.get("kind"):
+        return {**current, **value}
+    return value
+
+
+def _line(part: Part) -> str:
+    changed = [
+        f"{f.name}={getattr(part, f.name)!r}"
+        for f in dataclasses.fields(part)
+        if getattr(part, f.name) != (f.default if f.default is not dataclasses.MISSING else f.default_factory())  # type: ignore[misc]
+    ]
+    summary = (type(part).__doc__ or "").strip().split("\n")[0]
+    return f"{part.kind}({', '.join(changed)})  # {summary}"
+
+
+_VARIANTS: dict[str, list[dict[str, Any]]] = {"lora": [{}, {"core": "diagonal"}], "dora": [{}, {"core": "diagonal"}]}
+
+
+def _offering(slot: str, need: str) -> list[str]:
+    """Kinds of a slot that offer a capability, with the setting that makes them do so."""
+    found = []
+    for kind, cls in kinds(slot).items():
+        for settings in _VARIANTS.get(kind, [{}]):
+            if need in cls(**settings).offers:
+                found.append(kind + "".join(f"({k}={v})" for k, v in settings.items()))
+                break
+    return found
