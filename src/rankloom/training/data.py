@@ -78,6 +78,9 @@ def load_rows(
         seed: of the hold-out.
         say: told about downloads.
     """
+    from datasets import disable_progress_bars
+
+    disable_progress_bars()
     splits = _named_columns(_splits(name, say), columns or {})
     if validation_data:
         splits["validation"] = _named_columns(_splits(validation_data, say), columns or {})["train"]
@@ -130,9 +133,8 @@ def _splits(name: str, say: Callable[[str], None] | None) -> dict[str, Any]:
 
 def _load(name: str) -> dict[str, Any]:
     """A local file or folder, else a hub id, through `datasets`."""
-    from datasets import DatasetDict, disable_progress_bars, load_dataset
+    from datasets import DatasetDict, load_dataset
 
-    disable_progress_bars()
     path = Path(name).expanduser()
     try:
         if path.is_file():

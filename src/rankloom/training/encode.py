@@ -153,7 +153,7 @@ def encode_rows(rows: Any, layout: Layout, encoder: Encoder) -> Encoded:
         examples += kept
     if not examples:
         raise DataError(
-            f"all {dropped} rows lose every label (layout {layout}, columns {', '.join(rows.column_names)}): completions "
+            f"all {dropped} rows lose every label (columns {', '.join(rows.column_names)}, as {layout}): completions "
             f"or assistant turns are empty, or cut off at max_length={encoder.max_length}; raise it or check the data"
         )
     return Encoded(examples, dropped, encoder.truncated)

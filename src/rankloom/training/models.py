@@ -31,11 +31,15 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model, its tokenizer (``None`` for images) and the folder or hub id both came from."""
+    """A model, its tokenizer (``None`` for images), the folder or hub id both came from, and its ``new`` modules.
+
+    ``new`` names the modules that the source had no weights for (a classification head): they must be trained whole.
+    """
 
     model: nn.Module
     tokenizer: Any
     source: str
+    new: tuple[str, ...] = ()
 
 
 def resolve_model(name: str, say: Callable[[str], None] | None = None) -> str:
@@ -67,14 +71,20 @@ def load_model(
         options["num_labels"] = len(labels)
         options["id2label"] = dict(enumerate(labels))
         options["label2id"] = {label: index for index, label in enumerate(labels)}
+        # A source that was trained on other classes keeps its body and gets a new head.
+        options["ignore_mismatched_sizes"] = True
     with _quiet(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = _pretrained(name, source, lambda: getattr(transformers, _AUTO[task]).from_pretrained(source, **options))
+        loader = getattr(transformers, _AUTO[task])
+        model, info = _pretrained(
+            name, source, lambda: loader.from_pretrained(source, output_loading_info=True, **options)
+        )
         tokenizer = None
         if task != "image-classification":
             tokenizer = _pretrained(name, source, lambda: transformers.AutoTokenizer.from_pretrained(source))
             _complete_tokenizer(model, tokenizer)
-    return Loaded(model, tokenizer, source)
+    missing = [*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])]
+    return Loaded(model, tokenizer, source, tuple(sorted({key.rpartition(".")[0] for key in missing})))
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -1,0 +1,216 @@
+"""A training run from settings to a saved adapter; killed at any moment, it resumes to the same bits."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rankloom.adapt import Adaptation, adapt, load
+from rankloom.errors import ArtifactError, GradientError, RankloomError
+from rankloom.training.checkpoint import clean, list_checkpoints, newest, replace_folder, write_text
+from rankloom.training.collate import Collator
+from rankloom.training.config import TrainConfig
+from rankloom.training.prepare import Prepared, build_recipe, calibration_of, prepare, score
+from rankloom.training.progress import Display, MetricsFile, peak_memory_mb, say_to_stderr
+
+__all__ = ["Interrupted", "RunResult", "train", "train_prepared"]
+
+_CONFIG, _METRICS, _SUMMARY, _RUN = "config.yaml", "metrics.jsonl", "summary.json", "run.json"
+
+
+class Interrupted(Exception):
+    """The run was stopped by a signal after it wrote a checkpoint; the message says how to resume."""
+
+
+@dataclass
+class RunResult:
+    """What a finished run leaves: where, how far, how good, at what cost."""
+
+    output: str
+    adapter: str
+    steps: int
+    metrics: dict[str, float]
+    seconds: float
+    peak_memory_mb: float
+    trainable: str
+    init: dict[str, Any] = field(default_factory=dict)
+
+
+def train(config: TrainConfig, *, say: Callable[[str], None] = say_to_stderr, live: bool | None = None) -> RunResult:
+    """Train as ``config`` says; with ``resume`` continue from the newest whole checkpoint of the output folder.
+
+    Raises:
+        Interrupted: a signal came; a checkpoint was written.
+        RankloomError: anything the user can mend, before or during training.
+    """
+    build_recipe(config)  # a misspelt method should not wait for a model to load
+    output = Path(config.output)
+    checkpoint = _open_output(output, config, say)
+    prepared = prepare(config, say)
+    _record_data(output, config, prepared)
+    return train_prepared(config, prepared, output=output, checkpoint=checkpoint, say=say, live=live)
+
+
+def train_prepared(
+    config: TrainConfig,
+    prepared: Prepared,
+    *,
+    output: Path,
+    checkpoint: Path | None = None,
+    say: Callable[[str], None] = say_to_stderr,
+    live: bool | None = None,
+) -> RunResult:
+    """The part of `train` after loading: attach, train, score, save."""
+    started = time.perf_counter()
+    collate = Collator(prepared.collate.pad_id, packed=config.packing)
+    adaptation = _attach(config, prepared, collate, checkpoint)
+    say(adaptation.summary())
+    steps = _total_steps(config, len(prepared.train))
+    done = _step_of(checkpoint)
+    if done < steps:
+        _fit(config, prepared, adaptation, collate, steps, output, checkpoint, say, live)
+    figures = score(prepared, config)
+    say(f"validation after {steps} steps: " + ", ".join(f"{k} {v:,.4g}" for k, v in figures.items()))
+    replace_folder(output / "adapter", lambda folder: _save_into(adaptation, folder))
+    result = RunResult(
+        output=str(output),
+        adapter=str(output / "adapter"),
+        steps=steps,
+        metrics=figures,
+        seconds=round(time.perf_counter() - started, 2),
+        peak_memory_mb=round(peak_memory_mb(), 1),
+        trainable=adaptation.summary(),
+        init=_plain(adaptation.report),
+    )
+    write_text(output / _SUMMARY, json.dumps(result.__dict__, indent=1))
+    return result
+
+
+def _fit(
+    config: TrainConfig,
+    prepared: Prepared,
+    adaptation: Adaptation,
+    collate: Collator,
+    steps: int,
+    output: Path,
+    checkpoint: Path | None,
+    say: Callable[[str], None],
+    live: bool | None,
+) -> None:
+    from rankloom.training.trainer import AdaptationTrainer, Stop, stop_on_signal
+
+    stop = Stop()
+    display = Display(config.method if config.recipe is None else "training", steps, live=live, say=say)
+    trainer = AdaptationTrainer(
+        adaptation,
+        config,
+        steps=steps,
+        output=output,
+        train_dataset=prepared.train,
+        collate=collate,
+        score=lambda: score(prepared, config),
+        metrics=MetricsFile(output / _METRICS, _step_of(checkpoint)),
+        display=display,
+        stop=stop,
+    )
+    try:
+        with stop_on_signal(stop, display.note):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except GradientError as error:
+        last = newest(output)
+        kept = f"the last good checkpoint is {last}" if last else "there was no checkpoint yet"
+        raise GradientError(f"{error}; {kept}") from error
+    finally:
+        display.stop()
+    if stop.requested and trainer.state.global_step < steps:
+        raise Interrupted(
+            f"stopped by {stop.requested} after step {trainer.state.global_step} of {steps}; resume with: "
+            f"rankloom train {output / _CONFIG} resume=true"
+        )
+
+
+def _attach(config: TrainConfig, prepared: Prepared, collate: Collator, checkpoint: Path | None) -> Adaptation:
+    if checkpoint is not None:
+        return load(prepared.model, checkpoint / "adapter")
+    recipe = build_recipe(config, prepared.loaded.new)
+    return adapt(prepared.model, recipe, calibration=calibration_of(config, prepared, collate), seed=config.seed)
+
+
+def _open_output(output: Path, config: TrainConfig, say: Callable[[str], None]) -> Path | None:
+    """Make or reopen the run's folder; returns the checkpoint to continue from.
+
+    Without ``resume`` a folder that holds a run is refused: overwriting hours of work must be somebody's decision.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RankloomError(f"cannot make the output folder {output} ({error.strerror}); choose another") from error
+    if not config.resume and (list_checkpoints(output) or (output / _SUMMARY).is_file()):
+        raise RankloomError(f"{output} already holds a run; continue it with resume=true or choose another output")
+    if config.resume:
+        _same_run(output, config)
+    clean(output)
+    plain = config.model_copy(update={"resume": False}).model_dump()
+    write_text(output / _CONFIG, yaml.safe_dump(plain, sort_keys=False))
+    if not config.resume:
+        return None
+    checkpoint = newest(output, say)
+    say(f"resuming from {checkpoint}" if checkpoint else f"no checkpoint in {output} yet: starting from the beginning")
+    return checkpoint
+
+
+def _same_run(output: Path, config: TrainConfig) -> None:
+    """Refuse to resume with settings that would give another result."""
+    path = output / _CONFIG
+    if not path.is_file():
+        return
+    try:
+        before = TrainConfig(**yaml.safe_load(path.read_text())).deciding()
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise ArtifactError(f"{path} is damaged; restore it or start a run in another output folder") from error
+    changed = [key for key, value in config.deciding().items() if before[key] != value]
+    if changed:
+        key = changed[0]
+        raise RankloomError(
+            f"cannot resume: {', '.join(changed)} differ from the run in {output} ({key} was {before[key]!r}); resume "
+            f"with: rankloom train {path} resume=true"
+        )
+
+
+def _record_data(output: Path, config: TrainConfig, prepared: Prepared) -> None:
+    """Keep the classes for `eval` and `generate`, and refuse to resume on data that has changed."""
+    record = {"labels": prepared.rows.labels, "train_examples": len(prepared.train)}
+    path = output / _RUN
+    if config.resume and path.is_file() and json.loads(path.read_text()) != record:
+        raise RankloomError(f"cannot resume: the data has changed since the run in {output}; choose another output")
+    write_text(path, json.dumps(record))
+
+
+def _total_steps(config: TrainConfig, examples: int) -> int:
+    if config.steps is not None:
+        return config.steps
+    from accelerate import PartialState
+
+    batches = math.ceil(examples / (config.batch_size * PartialState().num_processes))
+    return max(1, math.ceil(config.epochs * math.ceil(batches / config.accumulation)))
+
+
+def _step_of(checkpoint: Path | None) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
+
+
+def _save_into(adaptation: Adaptation, folder: Path) -> None:
+    adaptation.save(folder)
+
+
+def _plain(report: Any) -> dict[str, Any]:
+    """The init's report without what JSON cannot hold."""
+    kept: dict[str, Any] = json.loads(json.dumps(report, default=lambda _value: None))
+    return kept
