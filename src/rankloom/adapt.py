@@ -213,7 +213,7 @@ class Adaptation:
 
     def fingerprint(self) -> str:
         """The fingerprint of the base model under the adapters."""
-        return artifacts.fingerprint(self.model, {name: p for name, p in self._whole.items()})
+        return artifacts.fingerprint(self.model, dict(self._whole))
 
     def merge(self, probe: Any = None) -> artifacts.MergeReport:
         """Fold every update into the weights, computed in float32 or wider, and measure what rounding did to the output.

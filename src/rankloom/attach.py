@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, cast
 
 import torch
@@ -26,9 +25,13 @@ class Attached:
         return self.__dict__["_rankloom_forward"](x)
 
 
-@cache
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _attached_class(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Adapted{cls.__name__}", (Attached, cls), {"__module__": __name__})
+    if cls not in _CLASSES:
+        _CLASSES[cls] = type(f"Adapted{cls.__name__}", (Attached, cls), {"__module__": __name__})
+    return _CLASSES[cls]
 
 
 class _Whole:

@@ -141,10 +141,11 @@ def _merged(current: Mapping[str, Any], value: Any) -> Any:
 
 
 def _line(part: Part) -> str:
+    defaults = type(part)()  # every setting of every part has a default
     changed = [
         f"{f.name}={getattr(part, f.name)!r}"
         for f in dataclasses.fields(part)
-        if getattr(part, f.name) != (f.default if f.default is not dataclasses.MISSING else f.default_factory())  # type: ignore[misc]
+        if getattr(part, f.name) != getattr(defaults, f.name)
     ]
     summary = (type(part).__doc__ or "").strip().split("\n")[0]
     return f"{part.kind}({', '.join(changed)})  # {summary}"

@@ -41,13 +41,12 @@ class LowRankAdapter(Adapter):
         self, layer: Layer, rank: int, scale: float, *, diagonal: bool, dropout: float, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        options = {"dtype": dtype, "device": layer.device}
         self.rank, self.scale, self.dropout = rank, scale, dropout
-        self.A = nn.Parameter(torch.empty(rank, layer.in_features, **options))
-        self.B = nn.Parameter(torch.empty(layer.out_features, rank, **options))
+        self.A = nn.Parameter(torch.empty(rank, layer.in_features, dtype=dtype, device=layer.device))
+        self.B = nn.Parameter(torch.empty(layer.out_features, rank, dtype=dtype, device=layer.device))
         self.E: nn.Parameter | None = None
         if diagonal:
-            self.E = nn.Parameter(torch.zeros(rank, **options))
+            self.E = nn.Parameter(torch.zeros(rank, dtype=dtype, device=layer.device))
             self.register_buffer("mask", torch.ones(rank, dtype=torch.bool, device=layer.device))
 
     def rows(self) -> Tensor:

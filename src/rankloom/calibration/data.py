@@ -87,7 +87,7 @@ def taps(model: nn.Module, targets: list[Target], sink: Sink, weight: Callable[[
                 sink(target.name, x, grad if rows is None else grad[..., slice(*rows)], weight())
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            return _Tap.apply(output, args[0], alive, receive)  # type: ignore[no-any-return]
+            return _Tap.apply(output, args[0], alive, receive)
 
         return hook
 
@@ -126,10 +126,11 @@ def _to_device(batch: Any, device: torch.device) -> Any:
 
 def batches_of(model: nn.Module, calibration: Calibration) -> Iterator[Any]:
     """The batches on the model's device. Raises :class:`DataError` when there are none."""
-    device, count = next(model.parameters()).device, 0
-    for count, batch in enumerate(calibration.batches, 1):
+    device, empty = next(model.parameters()).device, True
+    for batch in calibration.batches:
+        empty = False
         yield _to_device(batch, device)
-    if count == 0:
+    if empty:
         raise DataError("the calibration data is empty: give at least one batch")
 
 

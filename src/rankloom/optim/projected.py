@@ -116,8 +116,8 @@ class ProjectedOptimizer(Optimizer):
         self.inner.step()
         for group in self.param_groups:
             for parameter in group["params"]:
-                if (slot := self.slots.get(parameter)) is not None and slot.proxy.grad is not None:
-                    self._write(parameter, slot, group)
+                if parameter in self.slots and self.slots[parameter].proxy.grad is not None:
+                    self._write(parameter, self.slots[parameter], group)
         return loss
 
     def _low_gradient(self, parameter: nn.Parameter, slot: _Slot) -> Tensor | None:
