@@ -83,8 +83,14 @@ def _settle(model: nn.Module, config: TrainConfig) -> None:
     from accelerate import PartialState
 
     model.to(PartialState().device)
-    model_config: Any = model.config
-    model_config.use_cache = False
+    loose: Any = model
+    loose.config.use_cache = False
+    if config.gradient_checkpointing:
+        # Non-reentrant: the other kind gives adapters no gradient under frozen embeddings. Renamed in transformers 5.
+        if hasattr(loose, "activation_checkpointing_enable"):
+            loose.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            loose.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def encode_split(

@@ -47,6 +47,11 @@ class MetricsFile:
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(event) + "\n")
 
+    def write_once(self, *, event: str, step: int, **figures: Any) -> None:
+        """Append an event unless its step has it already (a finished run that is resumed once more)."""
+        if not any(line["event"] == event and line["step"] == step for line in self._lines()):
+            self.write(event=event, step=step, **figures)
+
     def _lines(self) -> list[dict[str, Any]]:
         if not self.path.is_file():
             return []

@@ -73,11 +73,14 @@ def train_prepared(
     adaptation = _attach(config, prepared, collate, checkpoint)
     say(adaptation.summary())
     steps = _total_steps(config, len(prepared.train))
-    done = _step_of(checkpoint)
-    if done < steps:
-        _fit(config, prepared, adaptation, collate, steps, output, checkpoint, say, live)
-    figures = score(prepared, config)
-    say(f"validation after {steps} steps: " + ", ".join(f"{k} {v:,.4g}" for k, v in figures.items()))
+    metrics = MetricsFile(output / _METRICS, _step_of(checkpoint))
+    figures = None
+    if _step_of(checkpoint) < steps:
+        figures = _fit(config, prepared, adaptation, collate, steps, output, checkpoint, metrics, say, live)
+    if figures is None:
+        figures = score(prepared, config)
+        metrics.write_once(event="eval", step=steps, **figures)
+        say(f"validation after {steps} steps: " + ", ".join(f"{k} {v:,.4g}" for k, v in figures.items()))
     replace_folder(output / "adapter", lambda folder: _save_into(adaptation, folder))
     result = RunResult(
         output=str(output),
@@ -101,9 +104,11 @@ def _fit(
     steps: int,
     output: Path,
     checkpoint: Path | None,
+    metrics: MetricsFile,
     say: Callable[[str], None],
     live: bool | None,
-) -> None:
+) -> dict[str, float] | None:
+    """Run the loop; returns the figures of an evaluation at the very last step, if one was due there."""
     from rankloom.training.trainer import AdaptationTrainer, Stop, stop_on_signal
 
     stop = Stop()
@@ -116,7 +121,7 @@ def _fit(
         train_dataset=prepared.train,
         collate=collate,
         score=lambda: score(prepared, config),
-        metrics=MetricsFile(output / _METRICS, _step_of(checkpoint)),
+        metrics=metrics,
         display=display,
         stop=stop,
     )
@@ -134,6 +139,7 @@ def _fit(
             f"stopped by {stop.requested} after step {trainer.state.global_step} of {steps}; resume with: "
             f"rankloom train {output / _CONFIG} resume=true"
         )
+    return trainer.scored[1] if trainer.scored and trainer.scored[0] == steps else None
 
 
 def _attach(config: TrainConfig, prepared: Prepared, collate: Collator, checkpoint: Path | None) -> Adaptation:

@@ -81,8 +81,6 @@ def training_arguments(config: TrainConfig, steps: int, output: Path) -> Trainin
         save_steps=config.save_every,
         eval_strategy="steps" if config.eval_every else "no",
         eval_steps=config.eval_every,
-        gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
@@ -112,12 +110,14 @@ class AdaptationTrainer(Trainer):
         self.adaptation, self.config, self.output = adaptation, config, output
         self.score, self.metrics_file, self.display = score, metrics, display
         self.tokens = 0
+        self.scored: tuple[int, dict[str, float]] | None = None
         self._restored: dict[str, Any] | None = None
         self._clock, self._clock_tokens = time.perf_counter(), 0
         super().__init__(
             model=adaptation.model,
             args=training_arguments(config, steps, output),
             train_dataset=train_dataset,
+            eval_dataset=train_dataset,  # never read: `evaluate` below scores by itself, but the parent insists
             data_collator=collate,
             callbacks=[_Watch(self, stop)],
         )
@@ -152,6 +152,7 @@ class AdaptationTrainer(Trainer):
         """Score the validation rows with our own metrics, which are weighted by token."""
         figures = self.score()
         step = self.state.global_step
+        self.scored = (step, figures)
         self.metrics_file.write(event="eval", step=step, **figures)
         self.display.note(f"step {step}: " + ", ".join(f"{k} {_short(v)}" for k, v in figures.items()))
         result = {f"eval_{key}": value for key, value in figures.items()}
