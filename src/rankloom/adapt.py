@@ -211,9 +211,9 @@ class Adaptation:
             report=self.report,
         )
 
-    def fingerprint(self) -> str:
-        """The fingerprint of the base model under the adapters."""
-        return artifacts.fingerprint(self.model, dict(self._whole))
+    def fingerprint(self) -> artifacts.Fingerprint:
+        """The fingerprint of the base model under the adapters; values of parameters trained whole do not count."""
+        return artifacts.fingerprint(self.model, self._whole.keys())
 
     def merge(self, probe: Any = None) -> artifacts.MergeReport:
         """Fold every update into the weights, computed in float32 or wider, and measure what rounding did to the output.
@@ -297,10 +297,11 @@ def load(model: nn.Module, path: str | Path, *, force: bool = False) -> Adaptati
         FingerprintError: the adapter was made on another base model (``force=True`` loads it all the same).
         ArtifactError: missing, truncated, pickled or foreign files; tensors that do not match exactly.
     """
+    refuse_attached(model)
     stored = artifacts.read_adapter(Path(path), model)
+    if stored.fingerprint is not None and not force:
+        artifacts.require_fingerprint(stored.fingerprint, artifacts.fingerprint(model, stored.fingerprint.carried))
     handle = Adaptation(model, stored.recipe)
-    if not force:
-        artifacts.require_fingerprint(stored, handle.fingerprint())
     handle.attach()
     try:
         handle.load_state_dict(stored.tensors)
