@@ -64,7 +64,7 @@ class _Tap(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, x: Tensor, alive: Tensor, receive: Callable[[Tensor, Tensor], None]) -> Tensor:
         ctx.save_for_backward(x)
         ctx.receive = receive
-        return y.view_as(y)
+        return y.detach()  # shares y's memory, yet is no view: in-place activations may follow
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
