@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,7 +49,7 @@ class Adaptation:
         self._driver: Driver | None = None
         self._optimizer: Optimizer | None = None
         self._hook: Any = None
-        self._merged: dict[str, Any] | None = None
+        self._merged: artifacts.MergeState | None = None
         self.attached = False
 
     @property
@@ -58,7 +58,9 @@ class Adaptation:
         return [binding.target for binding in self.bindings]
 
     def attach(self) -> None:
-        """Route the model through the adapters (done by :func:`adapt`; again after :meth:`detach`)."""
+        """Route the model through the adapters (done by :func:`adapt`; again after :meth:`detach` or :meth:`merge`)."""
+        if self._merged is not None:
+            self.unmerge()
         if self.attached:
             return
         refuse_attached(self.model)
@@ -97,6 +99,10 @@ class Adaptation:
         """Everything the optimizer moves: adapter tensors with their roles, then parameters trained whole."""
         adapters = [t for binding in self.bindings for t in binding.trainables()]
         return adapters + [Trainable(f"whole.{name}", p, "whole", None) for name, p in self._trained.items()]
+
+    def trained_whole(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        """Parameters trained whole, by name: the base's own, and the trained one that stands in for it."""
+        return {name: (original, self._trained[name]) for name, original in self._whole.items()}
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Trainable tensors by name."""
@@ -213,7 +219,8 @@ class Adaptation:
 
     def fingerprint(self) -> artifacts.Fingerprint:
         """The fingerprint of the base model under the adapters; values of parameters trained whole do not count."""
-        return artifacts.fingerprint(self.model, self._whole.keys())
+        with self._merged.base() if self._merged is not None else nullcontext():
+            return artifacts.fingerprint(self.model, self._whole.keys())
 
     def merge(self, probe: Any = None) -> artifacts.MergeReport:
         """Fold every update into the weights, computed in float32 or wider, and measure what rounding did to the output.
@@ -223,6 +230,8 @@ class Adaptation:
         Args:
             probe: a batch to measure the drift on (mapping of keyword arguments, or a tensor); random tokens by default.
         """
+        if self._merged is not None:
+            raise RankloomError("the adapters are merged already: call unmerge() first")
         self._exporting()
         report, self._merged = artifacts.merge(self, probe)
         return report
@@ -240,6 +249,8 @@ class Adaptation:
         Returns:
             The export report: format, ranks, measured errors.
         """
+        if self._merged is not None:
+            raise ArtifactError("the adapters are merged: call unmerge() first (export merges a copy by itself)")
         self._exporting()
         if format == "peft":
             return artifacts.export_peft(self, Path(path), **options)
@@ -282,10 +293,14 @@ def adapt(model: nn.Module, recipe: Recipe, calibration: Calibration | None = No
     handle.attach()
     loss = None if calibration is None else (lambda: mean_loss(model, calibration))
     context = InitContext(handle.bindings, evidence, seed, loss)
-    with torch.no_grad():
-        init.apply(context)
-        for binding in handle.bindings:
-            binding.adapter.initialized(binding.layer)
+    try:
+        with torch.no_grad():
+            init.apply(context)
+            for binding in handle.bindings:
+                binding.adapter.initialized(binding.layer)
+    except BaseException:
+        handle.detach()  # the caller never gets the handle: give the model back as it was
+        raise
     handle.report = {"init": init.kind, **context.report, "attach_seconds": time.perf_counter() - begin}
     return handle
 

@@ -45,24 +45,25 @@ class _Whole:
 
 
 class _Sliced:
-    """Forward of a fused projection: adapted row ranges and frozen ones between them, side by side."""
+    """Forward of a fused projection: its own product once, then adapted row ranges and frozen ones side by side.
+
+    One product for all rows costs no more than one a range, and keeps the frozen rows' bits (a product over fewer rows
+    may be summed in another order).
+    """
 
     def __init__(self, module: nn.Module, bindings: list[Binding]) -> None:
-        view = type(bindings[0].layer)
-        self.pieces: list[Callable[[Tensor], Tensor]] = []
-        at = 0
-        for binding in bindings:
-            start, stop = cast(tuple[int, int], binding.layer.rows)
-            if at < start:
-                self.pieces.append(view(module, (at, start)))
-            self.pieces.append(_Whole(binding))
-            at = stop
-        end = view(module).out_features
-        if at < end:
-            self.pieces.append(view(module, (at, end)))
+        self.whole, self.bindings = type(bindings[0].layer)(module), bindings
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.cat([piece(x) for piece in self.pieces], dim=-1)
+        full, pieces, at = self.whole(x), [], 0
+        for binding in self.bindings:
+            start, stop = cast(tuple[int, int], binding.layer.rows)
+            pieces += [
+                full[..., at:start],
+                binding.adapter.forward(x, binding.layer.with_output(full[..., start:stop])),
+            ]
+            at = stop
+        return torch.cat([*pieces, full[..., at:]], dim=-1)
 
 
 def attach_modules(model: nn.Module, bindings: list[Binding]) -> None:

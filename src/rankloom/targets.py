@@ -5,10 +5,12 @@ Orientation, layout and slicing are solved here once. Everything above works on 
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal, cast
 
 import torch
@@ -34,6 +36,7 @@ class Layer:
         self.out_features, self.in_features = self._shape()
         if rows is not None:
             self.out_features = rows[1] - rows[0]
+        self._output: Tensor | None = None
 
     def _shape(self) -> tuple[int, int]:
         return cast(tuple[int, int], tuple(self.stored.shape))
@@ -52,7 +55,7 @@ class Layer:
     @property
     def ordinary(self) -> bool:
         """Whether the module computes exactly ``x W^T + b``, so that a fused kernel may stand in for its forward."""
-        return self.plain and self._forward in _ORDINARY and not _is_hooked(self.module)
+        return self._output is None and self.plain and self._forward in _ORDINARY and not _is_hooked(self.module)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,11 +92,19 @@ class Layer:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The frozen layer's own output."""
+        if self._output is not None:
+            return self._output
         if self.rows is None:
             return self._forward(self.module, x)
         if self.plain:
             return self.apply(x, self.weight())
         return self._forward(self.module, x)[..., slice(*self.rows)]
+
+    def with_output(self, y: Tensor) -> Layer:
+        """The same layer with its output for the current input known already: slices of one projection share one product."""
+        twin = copy.copy(self)
+        twin._output = y
+        return twin
 
     def apply(self, x: Tensor, matrix: Tensor) -> Tensor:
         """The layer's output with ``matrix`` (out, in) in place of its weight; differentiable in ``x`` and ``matrix``."""
@@ -144,6 +155,11 @@ class Conv1DLayer(Layer):
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
         return matrix.mT
+
+    def apply(self, x: Tensor, matrix: Tensor) -> Tensor:
+        bias = cast(Tensor, self.bias())  # as the module does it, so that an unchanged matrix changes no bit
+        out = torch.addmm(bias, x.reshape(-1, x.shape[-1]), matrix.mT)
+        return out.view(*x.shape[:-1], self.out_features)
 
 
 class EmbeddingLayer(Layer):
@@ -382,7 +398,7 @@ def _targets_of(name: str, module: nn.Module, slices: list[str], model: nn.Modul
     if not isinstance(whole, LinearLayer | Conv1DLayer):
         raise TargetError(f"{name} is a {type(module).__name__}: only fused linear projections can be sliced")
     ranges = sorted({_rows(spec, name, whole.out_features, getattr(model, "config", None)) for spec in slices})
-    for (_, stop), (start, _) in zip(ranges, ranges[1:], strict=False):
+    for (_, stop), (start, _) in pairwise(ranges):
         if start < stop:
             raise TargetError(f"slices of {name} overlap: {ranges}")
     for start, stop in ranges:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankloom.adapters.base import Adapter, AdapterPart, Dtype, adapter_dtype
@@ -23,12 +24,18 @@ class DenseAdapter(Adapter):
 
     def __init__(self, layer: Layer, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = nn.Parameter(layer.weight().to(dtype, copy=True).contiguous())
+        # The copy keeps the storage order too (Conv1D's is transposed), so that step 0 runs the very same product.
+        self.weight = nn.Parameter(layer.weight().to(dtype, copy=True))
 
     def delta(self, base: Layer) -> Tensor:
         return self.weight - base.weight().to(self.weight.dtype)
 
     def forward(self, x: Tensor, base: Layer) -> Tensor:
+        if base.rows is not None:
+            # The fused projection's product is there already; a second one over these rows alone would sum in another
+            # order, so the change is added instead and step 0 stays bit-identical.
+            y = base(x)
+            return y + F.linear(x, self.delta(base).to(y.dtype))
         return base.apply(x, self.weight.to(x.dtype if x.is_floating_point() else base.dtype))
 
 

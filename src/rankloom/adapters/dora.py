@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from rankloom.adapters.lora import LoRA, LowRankAdapter, fusable
+from rankloom.adapters.lora import LoRA, LowRankAdapter, dropout, fusable
 from rankloom.kernels import dora_linear
 from rankloom.parts import part
 from rankloom.targets import Layer, Target
@@ -60,13 +60,15 @@ class DoRAAdapter(LowRankAdapter):
         return self.gain(base)[:, None] * direction - weight
 
     def forward(self, x: Tensor, base: Layer) -> Tensor:
-        dtype = x.dtype if x.is_floating_point() else base.dtype
-        a, b, gain = self.rows().to(dtype), self.B.to(dtype), self.gain(base).to(dtype)
+        gain = self.gain(base)
         if fusable(x, base) and not (self.dropout > 0 and self.training):
-            return dora_linear(x, base.weight(), base.bias(), a, b, gain, self.scale)
-        inner = nn.functional.dropout(x, self.dropout, self.training)
-        gain = base.broadcast(gain)
-        out = gain * (base(x) + base.lowrank(inner, a, self.scale * b))
+            return dora_linear(x, base.weight(), base.bias(), self.rows(), self.B, gain, self.scale)
+        dtype = x.dtype if x.is_floating_point() else base.dtype
+        inner = nn.functional.dropout(x, self.dropout, self.training) if self.dropout else x
+        y = base(x)
+        gain = base.broadcast(gain.to(y.dtype))
+        update = base.lowrank(inner, self.rows().to(dtype), (self.scale * self.B).to(dtype))
+        out = gain * (y + update.to(y.dtype))
         bias = base.bias()
         return out if bias is None else out + (1 - gain) * base.broadcast(bias)
 

@@ -60,24 +60,24 @@ class LowRankAdapter(Adapter):
         return (self.scale * self.B) @ self.rows()
 
     def forward(self, x: Tensor, base: Layer) -> Tensor:
-        dtype = x.dtype if x.is_floating_point() else base.dtype
-        a, b = self.rows().to(dtype), self.B.to(dtype)
         dropped = self.dropout > 0 and self.training
-        if dropped or not fusable(x, base):
-            inner = nn.functional.dropout(x, self.dropout) if dropped else x
-            y = base(x)
-            return y + base.lowrank(inner, a, self.scale * b).to(y.dtype)
-        return lowrank_linear(x, base.weight(), base.bias(), a, b, self.scale)
+        if not dropped and fusable(x, base):
+            return lowrank_linear(x, base.weight(), base.bias(), self.rows(), self.B, self.scale)
+        dtype = x.dtype if x.is_floating_point() else base.dtype
+        y = base(x)
+        inner = nn.functional.dropout(x, self.dropout) if dropped else x
+        return y + base.lowrank(inner, self.rows().to(dtype), (self.scale * self.B).to(dtype)).to(y.dtype)
 
 
 def fusable(x: Tensor, base: Layer) -> bool:
     """Whether the fused kernels apply: a plain frozen linear weight of the input's own dtype, and no autocast."""
-    weight = base.stored
+    weight, bias = base.stored, base.bias()
     return (
         isinstance(base, LinearLayer)
         and base.ordinary
         and weight.dtype == x.dtype
         and not weight.requires_grad
+        and (bias is None or not bias.requires_grad)  # a bias trained beside the adapter needs its own gradient
         and not torch.is_autocast_enabled(x.device.type)
     )
 
