@@ -1,0 +1,260 @@
+"""Tiny seeded models of every kind the library meets, all called alike: ``model(**batch)`` has ``.logits`` and ``.loss``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import rankloom
+from rankloom import Calibration, Recipe
+
+VOCAB = 40
+
+
+class ConvNet(nn.Module):
+    """Two convolutions with in-place activations, a grouped one, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.act = nn.ReLU(inplace=True)
+        self.body = nn.Conv2d(8, 8, 3, stride=2, padding=1, bias=False)
+        self.mix = nn.Linear(8, 12)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> SimpleNamespace:
+        h = self.act(self.stem(pixel_values))
+        h = self.act(self.body(h)).mean((2, 3))
+        logits = self.head(F.gelu(self.mix(h)))
+        return SimpleNamespace(logits=logits, loss=None if labels is None else F.cross_entropy(logits, labels))
+
+
+def llama(**changes: Any) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
+
+
+def gpt2(**changes: Any) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    settings = {
+        "vocab_size": VOCAB,
+        "n_positions": 32,
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return GPT2LMHeadModel(GPT2Config(**{**settings, **changes}))
+
+
+def bert() -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=VOCAB,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=24,
+            max_position_embeddings=32,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            initializer_range=0.2,
+            num_labels=3,
+        )
+    )
+
+
+def vit() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=24,
+            image_size=8,
+            patch_size=4,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            initializer_range=0.2,
+            num_labels=3,
+        )
+    )
+
+
+def t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=VOCAB,
+            d_model=16,
+            d_kv=8,
+            d_ff=24,
+            num_layers=1,
+            num_heads=2,
+            dropout_rate=0.0,
+            decoder_start_token_id=0,
+            pad_token_id=0,
+        )
+    )
+
+
+def _tokens(generator: torch.Generator, rows: int) -> dict[str, Tensor]:
+    ids = torch.randint(3, VOCAB, (rows, 7), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+
+def _sentences(generator: torch.Generator, rows: int) -> dict[str, Tensor]:
+    batch = _tokens(generator, rows)
+    return {**batch, "labels": torch.randint(3, (rows,), generator=generator)}
+
+
+def _pairs(generator: torch.Generator, rows: int) -> dict[str, Tensor]:
+    return {**_tokens(generator, rows), "labels": torch.randint(3, VOCAB, (rows, 5), generator=generator)}
+
+
+def _images(generator: torch.Generator, rows: int) -> dict[str, Tensor]:
+    pixels = torch.randn(rows, 3, 8, 8, generator=generator, dtype=torch.float64)
+    return {"pixel_values": pixels, "labels": torch.randint(3, (rows,), generator=generator)}
+
+
+_KINDS: dict[str, tuple[Callable[..., nn.Module], Callable[[torch.Generator, int], dict[str, Tensor]]]] = {
+    "llama": (llama, _tokens),
+    "gpt2": (gpt2, _tokens),
+    "bert": (bert, _sentences),
+    "vit": (vit, _images),
+    "t5": (t5, _pairs),
+    "convnet": (ConvNet, _images),
+}
+MODELS = tuple(_KINDS)
+
+
+def build(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any) -> nn.Module:
+    """A model in evaluation mode, the same one for the same seed; biases and norms are not at their trivial start."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = _KINDS[kind][0](**changes)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.to(dtype).eval()
+
+
+def batch(kind: str, seed: int = 0, rows: int = 4) -> dict[str, Tensor]:
+    """A labelled batch for a model kind."""
+    return _KINDS[kind][1](torch.Generator().manual_seed(seed), rows)
+
+
+def batches(kind: str, count: int = 2, rows: int = 4) -> list[dict[str, Tensor]]:
+    """Some labelled batches."""
+    return [batch(kind, 100 + index, rows) for index in range(count)]
+
+
+_SMALL = {"rank": 3, "target_rank": 2, "every": 3, "interval": 2}
+
+
+def tiny(recipe: Recipe) -> Recipe:
+    """A table recipe with its sizes cut to tiny models: by the settings' common names, so new methods need no entry here."""
+    slots = {}
+    for slot, part in recipe.parts().items():
+        names = {f.name for f in dataclasses.fields(part)}
+        slots[slot] = dataclasses.replace(part, **{k: v for k, v in _SMALL.items() if k in names})
+    return Recipe(**slots)
+
+
+def recipe_of(method: str) -> Recipe:
+    """The tiny recipe of a method."""
+    return tiny(rankloom.methods.get(method))
+
+
+def adapted(
+    method: str | Recipe, model: nn.Module, kind: str, *, seed: int = 0, calibrate: list[Any] | None = None
+) -> rankloom.Adaptation:
+    """A method (tiny) or a recipe (as given) on a model, with calibration data at hand."""
+    recipe = recipe_of(method) if isinstance(method, str) else method
+    return rankloom.adapt(model, recipe, Calibration(calibrate or batches(kind)), seed=seed)
+
+
+@torch.no_grad()
+def perturb(handle: rankloom.Adaptation, size: float = 0.05, seed: int = 7) -> None:
+    """Move every trainable tensor away from its start, so that nothing is true by being zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in handle.parameters():
+        parameter += size * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
+
+
+@torch.no_grad()
+def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """The model's output on a batch, in evaluation mode."""
+    mode = model.training
+    out = model.eval()(**inputs).logits
+    model.train(mode)
+    return out
+
+
+def train(
+    handle: rankloom.Adaptation,
+    optimizer: torch.optim.Optimizer,
+    data: list[dict[str, Tensor]],
+    steps: int,
+    *,
+    start: int = 0,
+) -> list[float]:
+    """A plain loop: ``steps`` steps over ``data``, cycling; the losses."""
+    handle.model.train()
+    losses = []
+    for step in range(start, start + steps):
+        loss = handle.model(**data[step % len(data)]).loss
+        loss.backward()
+        losses.append(float(loss.detach()))
+        handle.step()
+    return losses
+
+
+@torch.no_grad()
+def add_to_weight(module: nn.Module, delta: Tensor, rows: tuple[int, int] | None = None) -> None:
+    """Merge by hand, independent of the library's views: ``delta`` (out, in) into the module's own layout."""
+    transposed = isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"
+    matrix = module.weight.T if transposed else module.weight.flatten(1)
+    matrix[slice(*rows) if rows else slice(None)] += delta
+
+
+def merged_copy(handle: rankloom.Adaptation, bare: nn.Module) -> nn.Module:
+    """A bare copy of the model with every update added by hand and every whole parameter copied over."""
+    for binding in handle.bindings:
+        module = bare.get_submodule(binding.target.module_name)
+        add_to_weight(module, binding.adapter.delta(binding.layer).detach(), binding.layer.rows)
+    own = dict(bare.named_parameters())
+    for name, parameter in handle.named_parameters().items():
+        if name.startswith("whole."):
+            own[name.removeprefix("whole.")].data.copy_(parameter.detach())
+    return bare
