@@ -61,10 +61,11 @@ class DoRAAdapter(LowRankAdapter):
 
     def forward(self, x: Tensor, base: Layer) -> Tensor:
         gain = self.gain(base)
-        if fusable(x, base) and not (self.dropout > 0 and self.training):
+        dropped = self.dropout > 0 and self.training
+        if not dropped and fusable(x, base):
             return dora_linear(x, base.weight(), base.bias(), self.rows(), self.B, gain, self.scale)
         dtype = x.dtype if x.is_floating_point() else base.dtype
-        inner = nn.functional.dropout(x, self.dropout, self.training) if self.dropout else x
+        inner = dropout(x, self.dropout) if dropped else x
         y = base(x)
         gain = base.broadcast(gain.to(y.dtype))
         update = base.lowrank(inner, self.rows().to(dtype), (self.scale * self.B).to(dtype))

@@ -65,8 +65,13 @@ class LowRankAdapter(Adapter):
             return lowrank_linear(x, base.weight(), base.bias(), self.rows(), self.B, self.scale)
         dtype = x.dtype if x.is_floating_point() else base.dtype
         y = base(x)
-        inner = nn.functional.dropout(x, self.dropout) if dropped else x
+        inner = dropout(x, self.dropout) if dropped else x
         return y + base.lowrank(inner, self.rows().to(dtype), (self.scale * self.B).to(dtype)).to(y.dtype)
+
+
+def dropout(x: Tensor, rate: float) -> Tensor:
+    """Dropout on the low-rank path; the look-ups of an embedding (integers) have none."""
+    return nn.functional.dropout(x, rate) if x.is_floating_point() else x
 
 
 def fusable(x: Tensor, base: Layer) -> bool:
