@@ -3,22 +3,26 @@
 from typing import Any
 
 from rankloom.artifacts.identity import Fingerprint, fingerprint, require_fingerprint
+from rankloom.artifacts.merge import Drift, MergeReport, MergeState, merge, unmerge
 from rankloom.artifacts.store import Stored, read_adapter, write_adapter
-
-MergeReport = Any
 
 
 def _later(*args: Any, **kwargs: Any) -> Any:
     raise RuntimeError("artifacts: being written")
 
 
-merge = unmerge = export_peft = export_merged = _later
+export_peft = export_merged = _later
 
 __all__ = [
+    "Drift",
     "Fingerprint",
+    "MergeReport",
+    "MergeState",
     "Stored",
     "fingerprint",
+    "merge",
     "read_adapter",
     "require_fingerprint",
+    "unmerge",
     "write_adapter",
 ]

@@ -1,0 +1,43 @@
+"""What merging and exporting need of an adaptation; a protocol, because the handle itself sits above this package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import nn
+
+from rankloom.adapters import Binding
+from rankloom.artifacts.identity import Fingerprint
+from rankloom.recipe import Recipe
+
+__all__ = ["Handle", "by_module"]
+
+
+class Handle(Protocol):
+    """A model with its adapters: :class:`rankloom.Adaptation` is one."""
+
+    model: nn.Module
+    recipe: Recipe
+    bindings: list[Binding]
+    report: dict[str, Any]
+
+    def attach(self) -> None:
+        """Route the model through the adapters."""
+
+    def detach(self) -> nn.Module:
+        """Give the model back as it was."""
+
+    def trained_whole(self) -> Mapping[str, tuple[nn.Parameter, nn.Parameter]]:
+        """Parameters trained whole, by name: the base's own, and the trained one."""
+
+    def fingerprint(self) -> Fingerprint:
+        """The base model's fingerprint."""
+
+
+def by_module(bindings: list[Binding]) -> dict[str, list[Binding]]:
+    """Bindings grouped by the module they sit on: several only where row slices of one projection are adapted."""
+    groups: dict[str, list[Binding]] = {}
+    for binding in bindings:
+        groups.setdefault(binding.target.module_name, []).append(binding)
+    return groups
