@@ -1,13 +1,14 @@
-"""The DoRA linear: ``y = g * (x W^T + s (x A^T) B^T) + bias`` with a per-output gain ``g = m / ||V||`` (norm held constant)."""
+"""The DoRA linear: ``y = g * (x W^T + s (x A^T) B^T) + bias`` with a per-output gain ``g = m / ||V||`` (norm constant)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from rankloom.kernels.lowrank import backward_products, forward_product
 
 __all__ = ["dora_linear"]
 
@@ -24,11 +25,11 @@ class _DoRALinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gain: Tensor, scale: float
     ) -> Tensor:
-        out = F.linear(x, weight, bias)  # the very call the frozen layer makes, so a zero update leaves every bit alone
-        flat = out.view(-1, out.shape[-1])
-        flat.addmm_(torch.mm(x.reshape(-1, x.shape[-1]), a.mT), b.mT, alpha=scale)
-        # (1 - g) * bias is exactly zero at g = 1: step 0 is bit-identical to the frozen layer even where its bias is fused.
-        out.mul_(gain) if bias is None else out.mul_(gain).add_((1 - gain) * bias)
+        gained = gain.to(x.dtype)
+        out = forward_product(x, weight, bias, a.to(x.dtype), b.to(x.dtype), scale).mul_(gained)
+        if bias is not None:
+            # (1 - g) * bias is exactly zero at g = 1: step 0 is bit-identical to the frozen layer, which fuses its bias.
+            out.add_((1 - gained) * bias)
         ctx.save_for_backward(x, weight, bias, a, b, gain, out)
         ctx.scale = scale
         return out
@@ -36,28 +37,33 @@ class _DoRALinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, a, b, gain, result = ctx.saved_tensors
-        flat, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        x, weight, bias, a, b, gain, out = ctx.saved_tensors
+        dtype, grad = x.dtype, grad.reshape(-1, grad.shape[-1])
+        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4])
+        a_, b_ = a.to(dtype), b.to(dtype)
         grad_gain = None
         if ctx.needs_input_grad[5]:
             if bool((gain.abs() > 1e-6).all()):
-                out = result.reshape(-1, result.shape[-1])
-                product = grad * (out if bias is None else out - bias)
-                grad_gain = product.sum(0, dtype=torch.promote_types(gain.dtype, torch.float32)) / gain
+                y = out.view(-1, out.shape[-1])
+                grad_gain = _column_dots(grad, y if bias is None else y - bias, gain.dtype) / gain
             else:
-                pre = torch.mm(flat, weight.mT).addmm_(torch.mm(flat, a.mT), b.mT, alpha=ctx.scale)
-                grad_gain = (grad * pre).sum(0, dtype=torch.promote_types(gain.dtype, torch.float32))
-            grad_gain = grad_gain.to(gain.dtype)
-        grad = grad * gain
-        down = torch.mm(grad, b).mul_(ctx.scale)
-        grad_x = grad_a = grad_b = None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.mm(grad, weight).addmm_(down, a).view(x.shape)
-        if ctx.needs_input_grad[3]:
-            grad_a = torch.mm(down.mT, flat)
-        if ctx.needs_input_grad[4]:
-            grad_b = torch.mm(grad.mT, torch.mm(flat, a.mT).mul_(ctx.scale))
-        return grad_x, None, None, grad_a, grad_b, grad_gain, None
+                grad_gain = _column_dots(grad, forward_product(x, weight, None, a_, b_, ctx.scale).view_as(grad), gain.dtype)
+        products = backward_products(grad * gain.to(dtype), x, weight, a_, b_, ctx.scale, needs)
+        grad_x, grad_a, grad_b = products
+        return (
+            grad_x,
+            None,
+            None,
+            None if grad_a is None else grad_a.to(a.dtype),
+            None if grad_b is None else grad_b.to(b.dtype),
+            grad_gain,
+            None,
+        )
+
+
+def _column_dots(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Dot products of matching columns (tokens, n) -> (n,), summed in ``dtype``."""
+    return torch.sum(left * right, 0, dtype=dtype)
 
 
 def dora_linear(
@@ -65,8 +71,8 @@ def dora_linear(
 ) -> Tensor:
     """``gain * (x W^T + scale * (x A^T) B^T) + bias``.
 
-    Shapes as :func:`rankloom.kernels.lowrank_linear`, ``gain (out,)``. Differentiable once in ``x``, ``a``, ``b``, ``gain``.
-    With ``b = 0`` and ``gain = 1`` the result is bit-identical to the frozen layer's.
+    Shapes and dtypes as :func:`rankloom.kernels.lowrank_linear`; ``gain (out,)`` may be wider as well. Differentiable once
+    in ``x``, ``a``, ``b``, ``gain``. With ``b = 0`` and ``gain = 1`` the result is bit-identical to the frozen layer's.
     """
     out: Tensor = _DoRALinear.apply(x, weight, bias, a, b, gain, scale)
     return out

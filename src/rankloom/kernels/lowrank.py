@@ -9,48 +9,67 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["lowrank_linear"]
+__all__ = ["backward_products", "forward_product", "lowrank_linear"]
+
+
+def forward_product(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """``x W^T + bias + scale (x A^T) B^T`` with the low-rank term accumulated into the frozen layer's own result."""
+    out = F.linear(x, weight, bias)  # the very call the frozen layer makes, so a zero update leaves every bit alone
+    hidden = torch.mm(x.reshape(-1, x.shape[-1]), a.mT)
+    out.view(-1, out.shape[-1]).addmm_(hidden, b.mT, alpha=scale)
+    return out
+
+
+def backward_products(
+    grad: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of :func:`forward_product` in ``x``, ``a`` and ``b``, those that are needed; ``grad`` is (tokens, out).
+
+    ``x A^T`` is formed again here rather than kept, and both factor gradients multiply the thin side first.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    down = torch.mm(grad, b).mul_(scale)  # (tokens, r): the gradient in rank space
+    grad_x = torch.mm(grad, weight).addmm_(down, a).view(x.shape) if needs[0] else None
+    grad_a = torch.mm(down.mT, flat) if needs[1] else None
+    grad_b = torch.mm(torch.mm(a, flat.mT).mul_(scale), grad).mT if needs[2] else None
+    return grad_x, grad_a, grad_b
 
 
 class _LowRankLinear(torch.autograd.Function):
     """Forward and backward with every full-width update in place.
 
-    The scale acts on the (tokens, r) product and both low-rank products accumulate into the frozen layer's own result
-    (``beta = 1``), so no (tokens, out) or (tokens, in) temporary exists besides what the frozen layer makes anyway.
-    Saved: ``x``, which ``dA`` cannot do without, and the factors. ``x A^T`` is formed again in the backward pass.
+    The scale acts on the (tokens, r) product and both low-rank products accumulate into results the frozen layer makes
+    anyway, so no (tokens, out) or (tokens, in) temporary is added. Saved: ``x``, which ``dA`` cannot do without, and
+    references to the parameters. Wider factors are brought to ``x``'s dtype here: one node in the graph, not five.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        out = F.linear(x, weight, bias)  # the very call the frozen layer makes, so a zero update leaves every bit alone
-        flat = out.view(-1, out.shape[-1])
-        flat.addmm_(torch.mm(x.reshape(-1, x.shape[-1]), a.mT), b.mT, alpha=scale)
         ctx.save_for_backward(x, weight, a, b)
         ctx.scale = scale
-        return out
+        return forward_product(x, weight, bias, a.to(x.dtype), b.to(x.dtype), scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b = ctx.saved_tensors
-        flat, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        down = torch.mm(grad, b).mul_(ctx.scale)  # (tokens, r): the gradient in rank space
-        grad_x = grad_a = grad_b = None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.mm(grad, weight).addmm_(down, a).view(x.shape)
-        if ctx.needs_input_grad[3]:
-            grad_a = torch.mm(down.mT, flat)
-        if ctx.needs_input_grad[4]:
-            grad_b = torch.mm(grad.mT, torch.mm(flat, a.mT).mul_(ctx.scale))
-        return grad_x, None, None, grad_a, grad_b, None
+        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4])
+        grad = grad.reshape(-1, grad.shape[-1])
+        grad_x, grad_a, grad_b = backward_products(grad, x, weight, a.to(x.dtype), b.to(x.dtype), ctx.scale, needs)
+        return grad_x, None, None, _as(grad_a, a), _as(grad_b, b), None
+
+
+def _as(grad: Tensor | None, parameter: Tensor) -> Tensor | None:
+    return None if grad is None else grad.to(parameter.dtype)
 
 
 def lowrank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """``x W^T + bias + scale * (x A^T) B^T``.
 
-    Shapes: ``x (..., in)``, ``weight (out, in)`` frozen, ``bias (out,)`` frozen or None, ``a (r, in)``, ``b (out, r)``; all
-    of one dtype (half precision multiplies in half and accumulates in float32, with no cast of ``x``). Differentiable once
-    in ``x``, ``a`` and ``b``. With ``b = 0`` the result is bit-identical to the frozen layer's.
+    Shapes: ``x (..., in)``, ``weight (out, in)`` frozen, ``bias (out,)`` frozen or None, ``a (r, in)``, ``b (out, r)``.
+    ``x``, ``weight`` and ``bias`` have one dtype; the factors may be wider and get their gradients in their own. Half
+    precision multiplies in half and accumulates in float32, with no cast of ``x``. Differentiable once in ``x``, ``a``
+    and ``b``. With ``b = 0`` the result is bit-identical to the frozen layer's.
     """
     out: Tensor = _LowRankLinear.apply(x, weight, bias, a, b, scale)
     return out
