@@ -1,4 +1,4 @@
-"""Makes the tiny models and data of the tests; also run as a program by tests that need a fresh process."""
+"""Tiny models and data on disk, for tests that go through files, processes and the command line."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 CHAT_TEMPLATE = (
@@ -61,3 +62,15 @@ def write_reviews(path: Path, rows: int = 48) -> Path:
             row = {"text": text, "label": word, "prompt": f"{text} ->", "completion": f" {word}"}
             stream.write(json.dumps(row) + "\n")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny Llama and its tokenizer."""
+    return save_llama(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture(scope="session")
+def tiny_reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file of 48 rows that have text, label, prompt and completion."""
+    return write_reviews(tmp_path_factory.mktemp("tiny-data") / "reviews.jsonl")

@@ -99,13 +99,13 @@ def load_rows(
 
 def _named_labels(splits: dict[str, Any], name: str) -> tuple[dict[str, Any], list[str]]:
     """Replace every label by its class name, and list the names in order: the dataset's own, else sorted."""
+    if any(None in rows.unique("label") for rows in splits.values()):
+        raise DataError(f"'{name}': some rows have no label; remove them or fill the label column")
     feature = splits["train"].features["label"]
     if hasattr(feature, "names"):
         names = list(feature.names)
     else:
         found = set(splits["train"].unique("label"))
-        if None in found:
-            raise DataError(f"'{name}': some rows have no label; remove them or fill the label column")
         if any(isinstance(label, float) for label in found):
             raise DataError(f"'{name}': the label column holds fractions; classification needs integers or strings")
         names = [str(label) for label in sorted(found)]
