@@ -47,7 +47,8 @@ class _LowRankLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(x, weight, a, b)
         ctx.scale = scale
-        return forward_product(x, weight, bias, a.to(x.dtype), b.to(x.dtype), scale)
+        out = forward_product(x, weight, bias, a.to(x.dtype), b.to(x.dtype), scale)
+        return out.detach()  # a 3-D linear's result is a view, which autograd would not let later code change in place
 
     @staticmethod
     @once_differentiable
