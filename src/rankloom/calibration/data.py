@@ -155,12 +155,12 @@ def run_pass(model: nn.Module, targets: list[Target], calibration: Calibration, 
     with quiet(model), taps(model, targets, sink, lambda: weight), torch.enable_grad():
         for index, batch in enumerate(batches_of(model, calibration)):
             loss, weight = calibration.loss_fn(model, batch)
+            if weight == 0:
+                continue  # nothing is labelled: a mean over no token is not a number, and counts for nothing
             if not torch.isfinite(loss):
                 raise GradientError(
-                    f"calibration batch {index} has loss {float(loss)}: check the data and the model's dtype"
+                    f"calibration batch {index} has loss {float(loss.detach())}: check the data and the model's dtype"
                 )
-            if weight == 0:
-                continue
             loss.backward()
             totals += torch.tensor([float(loss.detach()) * weight, weight], dtype=torch.float64)
     all_reduce(totals)
