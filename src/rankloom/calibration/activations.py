@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.calibration.data import Calibration, batches_of, quiet
-from rankloom.errors import DataError
+from rankloom.errors import DataError, TargetError
 from rankloom.linalg import randomized_svd, truncated_svd
-from rankloom.targets import Target
+from rankloom.targets import Conv2dLayer, EmbeddingLayer, Target
 
 __all__ = ["ActivationComponents", "activation_components"]
 
@@ -74,6 +74,8 @@ class _IncrementalPCA:
 
 def default_mask(batch: Any) -> Tensor | None:
     """Tokens that count: attended, and labelled where labels align with tokens one to one."""
+    if not isinstance(batch, Mapping):
+        return None
     mask = batch.get("attention_mask")
     labels = batch.get("labels")
     ids = batch.get("input_ids")
@@ -100,7 +102,11 @@ def activation_components(
 
     Raises:
         DataError: no data, or no token that counts.
+        TargetError: an embedding or a convolution, whose inputs are not rows of activations.
     """
+    for target in targets:
+        if isinstance(target.layer, EmbeddingLayer | Conv2dLayer):
+            raise TargetError(f"{target.name} is no linear layer: activation components need linear targets")
     leaders: dict[str, str] = {}
     fits: dict[str, _IncrementalPCA] = {}
     seen: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # by identity: an address alone is reused within one forward
