@@ -4,6 +4,7 @@ from typing import Any
 
 from rankloom.artifacts.identity import Fingerprint, fingerprint, require_fingerprint
 from rankloom.artifacts.merge import Drift, MergeReport, MergeState, merge, unmerge
+from rankloom.artifacts.peft_export import export_peft
 from rankloom.artifacts.store import Stored, read_adapter, write_adapter
 
 
@@ -11,7 +12,7 @@ def _later(*args: Any, **kwargs: Any) -> Any:
     raise RuntimeError("artifacts: being written")
 
 
-export_peft = export_merged = _later
+export_merged = _later
 
 __all__ = [
     "Drift",
@@ -19,6 +20,7 @@ __all__ = [
     "MergeReport",
     "MergeState",
     "Stored",
+    "export_peft",
     "fingerprint",
     "merge",
     "read_adapter",

@@ -17,7 +17,17 @@ from rankloom.artifacts.handle import Handle, by_module
 from rankloom.artifacts.probe import make_probe, outputs
 from rankloom.errors import ArtifactError
 
-__all__ = ["Drift", "MergeReport", "MergeState", "merge", "unmerge", "wide_delta"]
+__all__ = [
+    "Drift",
+    "MergeReport",
+    "MergeState",
+    "fold",
+    "measured",
+    "merge",
+    "merged_weights",
+    "unmerge",
+    "wide_delta",
+]
 
 
 @dataclass(frozen=True)
@@ -111,19 +121,11 @@ def merge(handle: Handle, probe: Any = None) -> tuple[MergeReport, MergeState]:
     """
     begin = time.perf_counter()
     handle.attach()
-    inputs, adapted = _measured_before(handle.model, probe)
+    inputs, adapted = measured(handle.model, probe)
     weights = merged_weights(handle, wide_delta)
-    groups = by_module(handle.bindings)
-    dtypes = sorted({str(w.dtype).removeprefix("torch.") for w in weights.values()})
-    state = MergeState([], _untied_settings(handle))
     handle.detach()
+    state = fold(handle, weights)
     base = None if adapted is None else outputs(handle.model, inputs)
-    for name, weight in weights.items():
-        module = groups[name][0].layer.module
-        keep = module._parameters["weight"]
-        flag = keep is not None and keep.requires_grad
-        state.parameters.append((module, "weight", nn.Parameter(weight, requires_grad=flag)))
-    state.parameters.extend(_whole(handle))
     state.swap()
     drift = None
     if adapted is not None and base is not None:
@@ -131,7 +133,7 @@ def merge(handle: Handle, probe: Any = None) -> tuple[MergeReport, MergeState]:
     report = MergeReport(
         weights=len(weights),
         whole=len(handle.trained_whole()),
-        dtype=", ".join(dtypes) or "nothing",
+        dtype=", ".join(sorted({str(w.dtype).removeprefix("torch.") for w in weights.values()})) or "nothing",
         drift=drift,
         probe="given" if probe is not None else "random" if drift else "none",
         untied=tuple(b.name for b in handle.bindings if b.target.tied_to),
@@ -140,13 +142,25 @@ def merge(handle: Handle, probe: Any = None) -> tuple[MergeReport, MergeState]:
     return report, state
 
 
+def fold(handle: Handle, weights: dict[str, Tensor]) -> MergeState:
+    """What to swap into the model, which is detached: merged weights, parameters trained whole, untied settings."""
+    modules = {b.target.module_name: b.layer.module for b in handle.bindings}
+    state = MergeState([], _untied_settings(handle))
+    for name, weight in weights.items():
+        flag = modules[name].get_parameter("weight").requires_grad
+        state.parameters.append((modules[name], "weight", nn.Parameter(weight, requires_grad=flag)))
+    state.parameters.extend(_whole(handle))
+    return state
+
+
 def unmerge(handle: Handle, state: MergeState) -> None:
     """Put the very parameters back that :func:`merge` had set aside, and attach the adapters."""
     state.swap()
     handle.attach()
 
 
-def _measured_before(model: nn.Module, probe: Any) -> tuple[Any, Tensor | None]:
+def measured(model: nn.Module, probe: Any) -> tuple[Any, Tensor | None]:
+    """A probe (given, or made) and the model's outputs on it; nothing where none can be made."""
     if probe is not None:
         return probe, outputs(model, probe)
     made = make_probe(model)

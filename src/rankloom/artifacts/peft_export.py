@@ -1,0 +1,155 @@
+"""Writing a PEFT adapter folder: PEFT's own form where it has one, else plain LoRA with its measured error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rankloom.adapters import Binding
+from rankloom.artifacts.files import replacing, write_json, write_tensors
+from rankloom.artifacts.handle import Handle
+from rankloom.artifacts.lowrank import Cut, Factors, overall_error
+from rankloom.artifacts.merge import Drift, fold, measured, merged_weights
+from rankloom.artifacts.peft_format import CARD, CONFIG, PREFIX, REPORT, WEIGHTS, model_card, target_patterns, task_type
+from rankloom.artifacts.peft_forms import PeftForm, native_kind, peft_form
+from rankloom.artifacts.probe import outputs
+from rankloom.artifacts.store import versions
+from rankloom.artifacts.whole import Whole, whole_entries
+from rankloom.errors import ArtifactError
+from rankloom.targets import Conv1DLayer, Conv2dLayer, EmbeddingLayer, LinearLayer
+
+__all__ = ["export_peft"]
+
+
+@torch.no_grad()
+def export_peft(
+    handle: Handle,
+    path: Path,
+    *,
+    form: Literal["auto", "lora"] = "auto",
+    rank: int | None = None,
+    energy: float = 0.99,
+    max_rank: int = 256,
+    base_model: str | None = None,
+    probe: Any = None,
+) -> dict[str, Any]:
+    """Write ``adapter_config.json``, ``adapter_model.safetensors``, a model card and ``rankloom_export.json``.
+
+    ``form="auto"`` writes PEFT's LoRA, rsLoRA, DoRA or AdaLoRA where the adapter is one, with per-module ranks and alphas;
+    anything else becomes plain LoRA. ``form="lora"`` always writes the form that every reader takes (vLLM, SGLang,
+    llama.cpp): one rank (padded with zeros), one alpha, no patterns, no magnitude. Updates that have no low rank are cut
+    to the best approximation, and the report has the relative error of every module, of all together, and the drift of
+    the logits.
+
+    Args:
+        handle: the adaptation.
+        path: the folder to write.
+        form: ``auto`` or ``lora``.
+        rank: cut every update to this rank (implies ``form="lora"``).
+        energy: without ``rank``, keep this share of each update's squared norm.
+        max_rank: the most that ``energy`` may ask for.
+        base_model: name of the base to record; the one the model was loaded by, if not given.
+        probe: inputs to measure the logit drift of an approximation on.
+
+    Raises:
+        ArtifactError: nothing to adapt with, a module PEFT cannot adapt, or a folder that holds other files.
+    """
+    if form not in ("auto", "lora"):
+        raise ArtifactError(f"unknown form {form!r} (known: auto, lora)")
+    _refuse_unsupported(handle.bindings)
+    cut = Cut(rank, energy, max_rank)
+    kind = "plain" if form == "lora" or rank is not None else native_kind(handle.bindings)
+    made = peft_form(kind, handle, cut)
+    name = base_model if base_model is not None else handle.fingerprint().name
+    whole = whole_entries(handle, {entry.name for entry in made.entries})
+    made.tensors.update({PREFIX + key: tensor for key, tensor in whole.tensors.items()})
+    made.config = {**_config(handle, made, whole, name), **made.config}
+    report = _report(handle, made, whole, probe)
+    with replacing(path, (CONFIG, WEIGHTS, REPORT, CARD)) as staging:
+        write_tensors(staging / WEIGHTS, made.tensors)
+        write_json(staging / CONFIG, made.config)
+        write_json(staging / REPORT, {**report, **_provenance(handle)})
+        hub = name if name and not Path(name).exists() and not Path(name).is_absolute() else None
+        (staging / CARD).write_text(model_card(hub, path.name, report), encoding="utf-8")
+    return report
+
+
+def _refuse_unsupported(bindings: list[Binding]) -> None:
+    if not bindings:
+        raise ArtifactError("the recipe adapts no weight, which PEFT cannot express: export(format='merged') instead")
+    for binding in bindings:
+        layer = binding.layer
+        if not isinstance(layer, LinearLayer | Conv1DLayer | EmbeddingLayer | Conv2dLayer):
+            raise ArtifactError(
+                f"PEFT cannot adapt {binding.name} ({type(layer.module).__name__}): export merged instead"
+            )
+        if isinstance(layer, Conv2dLayer):
+            conv: Any = layer.module
+            if conv.groups > 1 or conv.dilation not in (1, (1, 1)) or conv.padding_mode != "zeros":
+                raise ArtifactError(
+                    f"PEFT's LoRA drops groups, dilation and padding modes of a convolution, as {binding.name} has: leave it "
+                    f"out of targets, or export(format='merged')"
+                )
+
+
+def _config(handle: Handle, made: PeftForm, whole: Whole, base: str) -> dict[str, Any]:
+    names = [entry.name for entry in made.entries]
+    return {
+        "base_model_name_or_path": base or None,
+        "task_type": task_type(handle.model, whole.modules),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "target_modules": target_patterns(names, handle.model),
+        "modules_to_save": list(whole.modules) or None,
+        "bias": "lora_only" if whole.biases else "none",
+        "fan_in_fan_out": any(isinstance(entry.layer, Conv1DLayer) for entry in made.entries),
+        "lora_dropout": float(getattr(handle.recipe.adapter, "dropout", 0.0)),
+    }
+
+
+def _report(handle: Handle, made: PeftForm, whole: Whole, probe: Any) -> dict[str, Any]:
+    exact = all(entry.exact for entry in made.entries)
+    return {
+        "format": "peft",
+        "form": made.kind,
+        "exact": exact,
+        "relative_error": overall_error(made.entries),
+        "rank": max(entry.rank for entry in made.entries),
+        "targets": {e.name: {"rank": e.rank, "relative_error": e.error, "exact": e.exact} for e in made.entries},
+        "modules_to_save": list(whole.modules),
+        "loaded_in_place": list(whole.in_place),
+        "drift": None if exact else _drift(handle, made.entries, probe),
+    }
+
+
+def _provenance(handle: Handle) -> dict[str, Any]:
+    return {"recipe": handle.recipe.to_dict(), "base": asdict(handle.fingerprint()), "versions": versions()}
+
+
+def _drift(handle: Handle, entries: Sequence[Factors], probe: Any) -> dict[str, float] | None:
+    """How far the approximated updates move the logits from the adapted model's, on a probe."""
+    inputs, adapted = measured(handle.model, probe)
+    if adapted is None:
+        return None
+    deltas = {entry.name: entry for entry in entries}
+
+    def cut_delta(binding: Binding) -> Tensor:
+        entry = deltas.get(binding.target.module_name)
+        if entry is None:
+            return torch.zeros(binding.target.shape, dtype=torch.float64, device=binding.layer.device)
+        rows = slice(*binding.layer.rows) if binding.layer.rows else slice(None)
+        return entry.delta()[rows]
+
+    weights = merged_weights(handle, cut_delta)
+    handle.detach()
+    try:
+        base = outputs(handle.model, inputs)
+        with fold(handle, weights).base():
+            return asdict(Drift.between(adapted, outputs(handle.model, inputs), base))
+    finally:
+        handle.attach()
