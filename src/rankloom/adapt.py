@@ -6,8 +6,9 @@ name, its weights and every reference to it stay what they were; detaching swaps
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -246,17 +247,27 @@ class Adaptation:
     def export(self, path: str | Path, format: Literal["peft", "merged"] = "peft", **options: Any) -> dict[str, Any]:
         """Write what others deploy with: a PEFT adapter folder, or the whole merged model.
 
+        Args:
+            path: the folder to write, all or nothing.
+            format: ``peft`` or ``merged``.
+            options: of ``peft``: ``form`` (``auto``, or ``lora`` for the plain form every reader takes), ``rank``,
+                ``energy``, ``max_rank``, ``base_model``, ``probe``; of ``merged``: ``probe``, ``max_shard_size``.
+
         Returns:
             The export report: format, ranks, measured errors.
         """
         if self._merged is not None:
             raise ArtifactError("the adapters are merged: call unmerge() first (export merges a copy by itself)")
+        writers: dict[str, Callable[..., dict[str, Any]]]
+        writers = {"peft": artifacts.export_peft, "merged": artifacts.export_merged}
+        if format not in writers:
+            raise ArtifactError(f"unknown export format {format!r} (known: {', '.join(writers)})")
+        known = list(inspect.signature(writers[format]).parameters)[2:]
+        for option in options:
+            if option not in known:
+                raise ArtifactError(f"export to {format} has no option {option!r} (known: {', '.join(known)})")
         self._exporting()
-        if format == "peft":
-            return artifacts.export_peft(self, Path(path), **options)
-        if format == "merged":
-            return artifacts.export_merged(self, Path(path), **options)
-        raise ArtifactError(f"unknown export format {format!r} (known: peft, merged)")
+        return writers[format](self, Path(path), **options)
 
     def _exporting(self) -> None:
         for schedule in self._driver.schedules if self._driver else []:

@@ -1,18 +1,10 @@
 """Save, load, merge, export: nothing is pickled, nothing loads loosely, every loss of precision is measured and said."""
 
-from typing import Any
-
 from rankloom.artifacts.identity import Fingerprint, fingerprint, require_fingerprint
 from rankloom.artifacts.merge import Drift, MergeReport, MergeState, merge, unmerge
+from rankloom.artifacts.merged import export_merged
 from rankloom.artifacts.peft_export import export_peft
 from rankloom.artifacts.store import Stored, read_adapter, write_adapter
-
-
-def _later(*args: Any, **kwargs: Any) -> Any:
-    raise RuntimeError("artifacts: being written")
-
-
-export_merged = _later
 
 __all__ = [
     "Drift",
@@ -20,6 +12,7 @@ __all__ = [
     "MergeReport",
     "MergeState",
     "Stored",
+    "export_merged",
     "export_peft",
     "fingerprint",
     "merge",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
 
 from torch import nn
 
@@ -11,7 +12,7 @@ from rankloom.adapters import Binding
 from rankloom.artifacts.identity import Fingerprint
 from rankloom.recipe import Recipe
 
-__all__ = ["Handle", "by_module"]
+__all__ = ["Handle", "as_attached", "by_module"]
 
 
 class Handle(Protocol):
@@ -20,7 +21,7 @@ class Handle(Protocol):
     model: nn.Module
     recipe: Recipe
     bindings: list[Binding]
-    report: dict[str, Any]
+    attached: bool
 
     def attach(self) -> None:
         """Route the model through the adapters."""
@@ -41,3 +42,15 @@ def by_module(bindings: list[Binding]) -> dict[str, list[Binding]]:
     for binding in bindings:
         groups.setdefault(binding.target.module_name, []).append(binding)
     return groups
+
+
+@contextmanager
+def as_attached(handle: Handle) -> Iterator[None]:
+    """The adapters attached inside the block, and as before after it."""
+    before = handle.attached
+    handle.attach()
+    try:
+        yield
+    finally:
+        if not before:
+            handle.detach()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rankloom.adapters import Binding
 from rankloom.artifacts.files import replacing, write_json, write_tensors
-from rankloom.artifacts.handle import Handle
+from rankloom.artifacts.handle import Handle, as_attached
 from rankloom.artifacts.lowrank import Cut, Factors, overall_error
 from rankloom.artifacts.merge import Drift, fold, measured, merged_weights
 from rankloom.artifacts.peft_format import CARD, CONFIG, PREFIX, REPORT, WEIGHTS, model_card, target_patterns, task_type
@@ -59,17 +59,13 @@ def export_peft(
     Raises:
         ArtifactError: nothing to adapt with, a module PEFT cannot adapt, or a folder that holds other files.
     """
+    if rank is not None and rank < 1:
+        raise ArtifactError(f"rank must be at least 1, got {rank}")
     if form not in ("auto", "lora"):
         raise ArtifactError(f"unknown form {form!r} (known: auto, lora)")
     _refuse_unsupported(handle.bindings)
-    cut = Cut(rank, energy, max_rank)
-    kind = "plain" if form == "lora" or rank is not None else native_kind(handle.bindings)
-    made = peft_form(kind, handle, cut)
-    name = base_model if base_model is not None else handle.fingerprint().name
-    whole = whole_entries(handle, {entry.name for entry in made.entries})
-    made.tensors.update({PREFIX + key: tensor for key, tensor in whole.tensors.items()})
-    made.config = {**_config(handle, made, whole, name), **made.config}
-    report = _report(handle, made, whole, probe)
+    with as_attached(handle):
+        made, report, name = _made(handle, form, Cut(rank, energy, max_rank), base_model, probe)
     with replacing(path, (CONFIG, WEIGHTS, REPORT, CARD)) as staging:
         write_tensors(staging / WEIGHTS, made.tensors)
         write_json(staging / CONFIG, made.config)
@@ -77,6 +73,18 @@ def export_peft(
         hub = name if name and not Path(name).exists() and not Path(name).is_absolute() else None
         (staging / CARD).write_text(model_card(hub, path.name, report), encoding="utf-8")
     return report
+
+
+def _made(
+    handle: Handle, form: str, cut: Cut, base_model: str | None, probe: Any
+) -> tuple[PeftForm, dict[str, Any], str]:
+    kind = "plain" if form == "lora" or cut.rank is not None else native_kind(handle.bindings)
+    made = peft_form(kind, handle, cut)
+    name = base_model if base_model is not None else handle.fingerprint().name
+    whole = whole_entries(handle, {entry.name for entry in made.entries})
+    made.tensors.update({PREFIX + key: tensor for key, tensor in whole.tensors.items()})
+    made.config = {**_config(handle, made, whole, name), **made.config}
+    return made, _report(handle, made, whole, probe), name
 
 
 def _refuse_unsupported(bindings: list[Binding]) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from rankloom.artifacts.handle import Handle
+from rankloom.errors import ArtifactError
 
-__all__ = ["Whole", "whole_entries"]
+__all__ = ["Whole", "whole_entries", "whole_tensors"]
 
 
 @dataclass
@@ -61,3 +64,64 @@ def _matches_alone(name: str, names: list[str], adapted: Collection[str]) -> boo
     """PEFT saves every module whose name ends so, and adapts none whose name it occurs in."""
     ends = [other for other in names if other.endswith(name)] == [name]
     return ends and not any(re.match(rf"(^|.*\.){name}($|\..*)", other) for other in adapted)
+
+
+def whole_tensors(
+    rest: Mapping[str, Tensor], model: nn.Module, adapted: Collection[str], where: Path
+) -> dict[str, Tensor]:
+    """The reverse: what a PEFT file has beside its factors, as parameters trained whole, by their first name here.
+
+    Raises:
+        ArtifactError: a tensor without a place here, another shape, or a tie that the file has parted.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    first = {id(p): name for name, p in model.named_parameters()}
+    found: dict[str, Tensor] = {}
+    strangers = []
+    for key, tensor in rest.items():
+        name = key.replace(".base_layer.", ".")
+        held = parameters.get(name)
+        if held is None or (name.rpartition(".")[0] in adapted and name.endswith(".weight")):
+            # Copies of what the base has (buffers of a saved module, an adapted embedding's own weight) say nothing new.
+            if not _same(model, name, tensor):
+                strangers.append(key)
+            continue
+        if held.shape != tensor.shape:
+            raise ArtifactError(
+                f"{name} has shape {tuple(tensor.shape)} in {where}, {tuple(held.shape)} in this model: resize the model "
+                f"(resize_token_embeddings, num_labels) as it was in training"
+            )
+        if not torch.equal(found.setdefault(first[id(held)], tensor), tensor):
+            raise ArtifactError(
+                f"{name} is tied to {first[id(held)]} here, but {where} has different values: untie them first"
+            )
+    if strangers:
+        raise ArtifactError(
+            f"{len(strangers)} of {len(rest)} further tensors in {where} have no place in this model or differ from its own "
+            f"(as {strangers[0]}): load the base model it was made on"
+        )
+    _refuse_parted(rest, found, parameters, first, where)
+    return found
+
+
+def _same(model: nn.Module, name: str, tensor: Tensor) -> bool:
+    own = dict(model.state_dict()).get(name)
+    return own is not None and own.shape == tensor.shape and torch.equal(own, tensor.to(own.dtype).to(own.device))
+
+
+def _refuse_parted(
+    rest: Mapping[str, Tensor],
+    found: Mapping[str, Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    first: Mapping[int, str],
+    where: Path,
+) -> None:
+    """One of two tied names in the file means the other stayed as it was: values that one parameter cannot have."""
+    given = {key.replace(".base_layer.", ".") for key in rest}
+    for name, held in parameters.items():
+        source = first[id(held)]
+        if source in found and name not in given and not torch.equal(held, found[source].to(held.dtype)):
+            raise ArtifactError(
+                f"{where} does not train {name} whole, whose weight this model ties to one that it does: load the model with "
+                f"tie_word_embeddings=False"
+            )

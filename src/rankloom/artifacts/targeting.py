@@ -1,0 +1,61 @@
+"""From the modules and parameters found in a file back to the patterns of a recipe, exactly."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import TypeVar
+
+from torch import nn
+
+from rankloom.artifacts.peft_format import target_patterns
+from rankloom.errors import TargetError
+from rankloom.targets import Targets, find_targets, matches, whole_parameters
+
+__all__ = ["exact_patterns", "targets_for"]
+
+T = TypeVar("T")
+
+
+def exact_patterns(values: Mapping[str, T], names: Collection[str]) -> dict[str, T]:
+    """Patterns that select one name each: the name itself, or a regular expression where it would match others too."""
+    return {_exact(name, names): value for name, value in values.items()}
+
+
+def _exact(name: str, names: Collection[str]) -> str:
+    return name if sum(matches(name, other) for other in names) == 1 else f"re:{re.escape(name)}"
+
+
+def targets_for(adapted: Collection[str], whole: Collection[str], model: nn.Module) -> Targets:
+    """The settings that select exactly these modules and parameters on this model; ``all-linear`` where that is what they are.
+
+    A tied weight that the file adapts on one side only is untied, which is what PEFT computed with.
+    """
+    train = _train(whole, model)
+    if _selects(Targets(train=train), adapted, whole, model):
+        return Targets(train=train)
+    patterns = target_patterns(adapted, model)
+    modules = (f"re:{patterns}",) if isinstance(patterns, str) else tuple(patterns)
+    made = Targets(modules, train=train)
+    try:
+        find_targets(model, made)
+    except TargetError:
+        return Targets(modules, train=train, ties="untie")
+    return made
+
+
+def _train(whole: Collection[str], model: nn.Module) -> tuple[str, ...]:
+    """Modules where a module is trained as one, else parameters by their full names."""
+    everything = list(dict(model.named_parameters()))
+    modules = tuple(sorted({name.rpartition(".")[0] for name in whole}))
+    if all(modules) and whole_parameters(model, Targets(train=modules), []).keys() == set(whole):
+        return modules
+    return tuple(_exact(name, everything) for name in sorted(whole))
+
+
+def _selects(settings: Targets, adapted: Collection[str], whole: Collection[str], model: nn.Module) -> bool:
+    try:
+        targets = find_targets(model, settings)
+    except TargetError:
+        return False
+    return {t.name for t in targets} == set(adapted) and whole_parameters(model, settings, targets).keys() == set(whole)
