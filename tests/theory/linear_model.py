@@ -1,0 +1,97 @@
+"""The toy problem of LoRA-One's theory (2502.01235): a linear model, a low-rank shift, least squares.
+
+``W* = W0 + Delta`` with ``rank(Delta) = r*``, isotropic inputs ``X`` (n, in), ``Sigma = X^T X / n``; in terms of the product
+``P = B A`` of the factors the loss is ``1/2 tr((P - Delta) Sigma (P - Delta)^T)`` and its full gradient ``(P - Delta) Sigma``.
+``W0`` cancels, so nothing here needs it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rankloom.init.one_step import spectral_factors
+
+
+@dataclass(frozen=True)
+class LinearModel:
+    """``delta`` (out, in), the shift to be learnt; ``sigma`` (in, in), the inputs' second moment."""
+
+    delta: Tensor
+    sigma: Tensor
+
+    def gradient(self, product: Tensor) -> Tensor:
+        """Full gradient at ``W0 + product``."""
+        return (product - self.delta) @ self.sigma
+
+    @property
+    def negative(self) -> Tensor:
+        """``N = -G`` at ``W0``: ``Delta Sigma``."""
+        return -self.gradient(torch.zeros_like(self.delta))
+
+    def error(self, product: Tensor) -> float:
+        """Distance to ``Delta`` in Frobenius norm, relative."""
+        return float((product - self.delta).norm() / self.delta.norm())
+
+
+def problem(size: int, singular: Tensor, samples: int | None, seed: int = 0) -> LinearModel:
+    """A square problem with the given singular values of ``Delta``; ``samples=None`` for ``Sigma = I``."""
+    g = torch.Generator().manual_seed(seed)
+    rank = len(singular)
+    u, v = (torch.linalg.qr(torch.randn(size, rank, generator=g, dtype=torch.float64)).Q for _ in range(2))
+    sigma = torch.eye(size, dtype=torch.float64)
+    if samples is not None:
+        x = torch.randn(samples, size, generator=g, dtype=torch.float64)
+        sigma = x.T @ x / samples
+    return LinearModel((u * singular) @ v.T, sigma)
+
+
+def spectral_start(model: LinearModel, rank: int, step: float = 1.0) -> tuple[Tensor, Tensor]:
+    """LoRA-One's factors by the library's own function: ``B0 A0 = step * N_r``."""
+    u, s, vh = torch.linalg.svd(model.negative)
+    # The library normalises by S1; gamma = 1 / (step * S1) undoes that for the theory's form.
+    return spectral_factors(u[:, :rank], s[:rank], vh[:rank].T, gamma=1 / (step * float(s[0])))
+
+
+def lora_start(model: LinearModel, rank: int, std: float, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """LoRA's: ``A`` random, ``B`` zero."""
+    g = torch.Generator().manual_seed(seed)
+    fan_out, fan_in = model.delta.shape
+    return torch.zeros(fan_out, rank, dtype=torch.float64), std * torch.randn(
+        rank, fan_in, generator=g, dtype=torch.float64
+    )
+
+
+def descend(
+    model: LinearModel,
+    b: Tensor,
+    a: Tensor,
+    *,
+    lr: float,
+    steps: int,
+    tolerance: float = 0.0,
+    preconditioned: bool = False,
+    ridge: float = 1e-6,
+    offset: Tensor | float = 0.0,
+    watch: list[tuple[Tensor, Tensor]] | None = None,
+) -> tuple[Tensor, int]:
+    """Gradient descent on both factors, written out; the final ``B A - offset`` and the steps it took.
+
+    ``preconditioned``: ``A <- A - lr (B^T B)^-1 dA``, ``B <- B - lr dB (A A^T)^-1`` (the paper's eq. 9).
+    """
+    eye = ridge * torch.eye(a.shape[0], dtype=a.dtype)
+    for step in range(steps):
+        product = b @ a - offset
+        if model.error(product) <= tolerance:
+            return product, step
+        g = model.gradient(product)
+        grad_b, grad_a = g @ a.T, b.T @ g
+        if preconditioned:
+            grad_a = torch.linalg.solve(b.T @ b + eye, grad_a)
+            grad_b = torch.linalg.solve(a @ a.T + eye, grad_b.T).T
+        b, a = b - lr * grad_b, a - lr * grad_a
+        if watch is not None:
+            watch.append((b, a))
+    return b @ a - offset, steps
