@@ -90,8 +90,7 @@ class AdaLoRASchedule(Schedule):
                 for sensitivity in tensors.values():
                     sensitivity.update(self.settings.beta1, self.settings.beta2)
         if step == self.total - self.final:
-            self.apply(self.plan(step))
-            self._fix_pattern()
+            self.apply(self.plan(step), final=True)
         for b in self.bindings:
             b.adapter.E.mul_(b.adapter.mask)
 
@@ -110,14 +109,15 @@ class AdaLoRASchedule(Schedule):
         """Which components stay (one mask over all targets)."""
         return broadcast(decide(self.component_scores(), self.budget(step)))
 
-    def apply(self, plan: Tensor) -> None:
-        """Zero the core of pruned components; factors and optimizer moments stay, so a component can come back."""
+    def apply(self, plan: Tensor, *, final: bool = False) -> None:
+        """Zero the core of pruned components; factors and optimizer moments stay, so a component can come back.
+
+        ``final`` fixes the pattern in the adapters' masks: from then on nothing comes back.
+        """
         for b, live in zip(self.bindings, plan.split([b.adapter.rank for b in self.bindings]), strict=True):
             b.adapter.E.mul_(live)
-
-    def _fix_pattern(self) -> None:
-        for b in self.bindings:
-            b.adapter.mask.copy_(b.adapter.E != 0)
+            if final:
+                b.adapter.mask.copy_(live)  # the plan, not E != 0: a kept component may be at zero
 
     def state_dict(self) -> dict[str, Any]:
         return {
