@@ -76,11 +76,11 @@ def load_config(
     """Merge a YAML file, ``key=value`` strings and options (``None`` = not given); later ones win."""
     merged: dict[str, Any] = _read_yaml(Path(file)) if file else {}
     dotted: dict[str, Any] = dict(merged.pop("overrides", None) or {})
-    given = parse_overrides(overrides or []) | {k: v for k, v in (options or {}).items() if v is not None}
-    for key, value in given.items():
-        _assign(merged, dotted, key, value)
-    for key in [key for key in merged if "." in key]:
-        dotted[key] = merged.pop(key)
+    from_file = {key: merged.pop(key) for key in list(merged) if "." in key}
+    from_options = {key: value for key, value in (options or {}).items() if value is not None}
+    for source in (from_file, parse_overrides(overrides or []), from_options):
+        for key, value in source.items():
+            _assign(merged, dotted, key, value)
     unknown = [key for key in merged if key not in TrainConfig.model_fields]
     if unknown:
         raise RecipeError(f"unknown setting '{unknown[0]}'{near_names(unknown[0], TrainConfig.model_fields)}")

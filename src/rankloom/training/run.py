@@ -53,9 +53,12 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = say_to_stderr, li
     build_recipe(config)  # a misspelt method should not wait for a model to load
     output = Path(config.output)
     checkpoint = _open_output(output, config, say)
-    prepared = prepare(config, say)
-    _record_data(output, config, prepared)
-    return train_prepared(config, prepared, output=output, checkpoint=checkpoint, say=say, live=live)
+    try:
+        prepared = prepare(config, say)
+        _record_data(output, config, prepared)
+        return train_prepared(config, prepared, output=output, checkpoint=checkpoint, say=say, live=live)
+    except KeyboardInterrupt:  # before the loop, after it, or a second Ctrl-C in it
+        raise Interrupted(f"interrupted; continue with: rankloom train {output / _CONFIG} resume=true") from None
 
 
 def train_prepared(
@@ -136,7 +139,7 @@ def _fit(
         display.stop()
     if stop.requested and trainer.state.global_step < steps:
         raise Interrupted(
-            f"stopped by {stop.requested} after step {trainer.state.global_step} of {steps}; resume with: "
+            f"stopped by {stop.requested} after step {trainer.state.global_step} of {steps}; continue with: "
             f"rankloom train {output / _CONFIG} resume=true"
         )
     return trainer.scored[1] if trainer.scored and trainer.scored[0] == steps else None

@@ -143,7 +143,7 @@ class AdaptationTrainer(Trainer):
         loss = result[0] if isinstance(result, tuple) else result
         if not torch.isfinite(loss):
             raise GradientError(
-                f"the loss is {float(loss)} at step {self.state.global_step + 1}; lower lr, raise warmup, or use "
+                f"the loss is {float(loss.detach())} at step {self.state.global_step + 1}; lower lr, raise warmup, or use "
                 "dtype=float32"
             )
         return result
