@@ -13,10 +13,13 @@ __all__ = ["backward_products", "forward_product", "lowrank_linear"]
 
 
 def forward_product(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """``x W^T + bias + scale (x A^T) B^T`` with the low-rank term accumulated into the frozen layer's own result."""
+    """``x W^T + bias + scale (x A^T) B^T`` with the low-rank term accumulated into the frozen layer's own result.
+
+    Rank-space tensors are kept as (r, tokens): the thin products then run along the contiguous side of every operand.
+    """
     out = F.linear(x, weight, bias)  # the very call the frozen layer makes, so a zero update leaves every bit alone
-    hidden = torch.mm(x.reshape(-1, x.shape[-1]), a.mT)
-    out.view(-1, out.shape[-1]).addmm_(hidden, b.mT, alpha=scale)
+    hidden = torch.mm(a, x.reshape(-1, x.shape[-1]).mT)
+    out.view(-1, out.shape[-1]).mT.addmm_(b, hidden, alpha=scale)
     return out
 
 
@@ -25,13 +28,19 @@ def backward_products(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of :func:`forward_product` in ``x``, ``a`` and ``b``, those that are needed; ``grad`` is (tokens, out).
 
-    ``x A^T`` is formed again here rather than kept, and both factor gradients multiply the thin side first.
+    ``A x^T`` is formed again here rather than kept.
     """
     flat = x.reshape(-1, x.shape[-1])
-    down = torch.mm(grad, b).mul_(scale)  # (tokens, r): the gradient in rank space
-    grad_x = torch.mm(grad, weight).addmm_(down, a).view(x.shape) if needs[0] else None
-    grad_a = torch.mm(down.mT, flat) if needs[1] else None
-    grad_b = torch.mm(torch.mm(a, flat.mT).mul_(scale), grad).mT if needs[2] else None
+    down = torch.mm(b.mT, grad.mT).mul_(scale)  # (r, tokens): the gradient in rank space
+    grad_x = grad_a = grad_b = None
+    if needs[0]:
+        grad_x = torch.mm(grad, weight)
+        grad_x.mT.addmm_(a.mT, down)
+        grad_x = grad_x.view(x.shape)
+    if needs[1]:
+        grad_a = torch.mm(down, flat)
+    if needs[2]:
+        grad_b = torch.mm(torch.mm(a, flat.mT).mul_(scale), grad).mT
     return grad_x, grad_a, grad_b
 
 

@@ -27,4 +27,4 @@ class AdamW(OptimizerPart):
         matrices = [t.parameter for t in trainables if t.parameter.ndim > 1]
         vectors = [t.parameter for t in trainables if t.parameter.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-        return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=self.betas, eps=self.eps)
+        return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=self.betas, eps=self.eps, fused=True)
