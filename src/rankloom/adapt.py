@@ -149,6 +149,8 @@ class Adaptation:
             )
         schedule = self.recipe.rank.build(self.bindings, total_steps)
         schedules = [schedule] if schedule is not None else []
+        if (close := getattr(self._optimizer, "close", None)) is not None:
+            close()
         self._driver = Driver(self.trainables(), schedules, max_grad_norm, allow_unused)
         self._optimizer = self.recipe.optimizer.build(self.trainables(), lr, weight_decay)
         self._driver.attach(self._optimizer)

@@ -46,7 +46,7 @@ class Driver:
         if not self._checked:
             self._require_gradients()
         self._add_extra_losses()
-        self._guard()
+        self._guard(optimizer)
         for schedule in self.schedules:
             schedule.after_backward(self.step)
 
@@ -73,16 +73,16 @@ class Driver:
             if extra:
                 torch.stack(extra).sum().backward()
 
-    def _guard(self) -> None:
-        grads = [t.parameter.grad for t in self.trainables if t.parameter.grad is not None]
+    def _guard(self, optimizer: Optimizer) -> None:
+        low = getattr(optimizer, "compressed", dict)()  # gradients that were taken to a subspace as soon as they came
+        named = {t.name: low.get(t.parameter, t.parameter.grad) for t in self.trainables}
+        grads = {name: grad for name, grad in named.items() if grad is not None}
         if not grads:
             return
-        norm = nn.utils.get_total_norm(grads)
+        norm = nn.utils.get_total_norm(grads.values())
         self.grad_norm = float(norm)
         if not torch.isfinite(norm):
-            bad = next(
-                (t.name for t in self.trainables if t.parameter.grad is not None and not _finite(t.parameter.grad)), "?"
-            )
+            bad = next((name for name, grad in grads.items() if not _finite(grad)), "?")
             raise GradientError(
                 f"the gradient of {bad} is not finite at step {self.step + 1}; no weight was changed by this step: lower the "
                 f"learning rate, clip gradients, or train in float32 or bfloat16"

@@ -66,9 +66,17 @@ class ProjectedOptimizer(Optimizer):
         self.low_rank_gradients = low_rank_gradients
         self.inner = inner([slot.proxy for slot in self.slots.values()] + others, lr)
         self._split_inner(others)
-        if low_rank_gradients:
-            for p in projected:
-                p.register_post_accumulate_grad_hook(self._compress)
+        hooked = projected if low_rank_gradients else []
+        self._hooks = [p.register_post_accumulate_grad_hook(self._compress) for p in hooked]
+
+    def close(self) -> None:
+        """Leave the parameters' gradients alone from now on: another optimizer takes over."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def compressed(self) -> dict[Tensor, Tensor]:
+        """Gradients that exist in their subspace only, by parameter."""
+        return {p: slot.low for p, slot in self.slots.items() if slot.low is not None}
 
     @staticmethod
     def _groups(
@@ -122,7 +130,8 @@ class ProjectedOptimizer(Optimizer):
 
     def _low_gradient(self, parameter: nn.Parameter, slot: _Slot) -> Tensor | None:
         if slot.low is not None:
-            return slot.low
+            low, slot.low = slot.low, None  # used up here: loops that clear gradients on the model do not reach it
+            return low
         if parameter.grad is None:
             return None
         if slot.projection is None or slot.step % self.every == 0:
