@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import typer
 
@@ -42,7 +42,7 @@ def _root(
         raise typer.Exit
 
 
-_COMMANDS = {
+_COMMANDS: dict[str, Callable[..., None]] = {
     "train": train.command,
     "eval": evaluate.command,
     "generate": generate.command,

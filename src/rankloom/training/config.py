@@ -59,6 +59,7 @@ class TrainConfig(BaseModel):
 
     log_every: int = Field(default=10, ge=1)
     eval_every: int | None = Field(default=None, ge=1, description="in steps; default: only at the end")
+    eval_first: bool = Field(default=False, description="also evaluate before the first step")
     eval_batch_size: int = Field(default=16, ge=1)
     save_every: int = Field(default=100, ge=1, description="in steps; the end is always saved")
     keep: int = Field(default=2, ge=1, description="checkpoints kept")
@@ -66,7 +67,17 @@ class TrainConfig(BaseModel):
 
     def deciding(self) -> dict[str, Any]:
         """The settings that decide the result: a run may only be resumed with the same."""
-        free = {"output", "resume", "keep", "log_every", "save_every", "eval_every", "eval_batch_size", "eval_samples"}
+        free = {
+            "output",
+            "resume",
+            "keep",
+            "log_every",
+            "save_every",
+            "eval_every",
+            "eval_first",
+            "eval_batch_size",
+            "eval_samples",
+        }
         return self.model_dump(exclude=free)
 
 

@@ -56,7 +56,7 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = say_to_stderr, li
     try:
         prepared = prepare(config, say)
         _record_data(output, config, prepared)
-        return train_prepared(config, prepared, output=output, checkpoint=checkpoint, say=say, live=live)
+        return train_prepared(config, prepared, output=output, checkpoint=checkpoint, say=say, live=live)[0]
     except KeyboardInterrupt:  # before the loop, after it, or a second Ctrl-C in it
         raise Interrupted(f"interrupted; continue with: rankloom train {output / _CONFIG} resume=true") from None
 
@@ -69,14 +69,16 @@ def train_prepared(
     checkpoint: Path | None = None,
     say: Callable[[str], None] = say_to_stderr,
     live: bool | None = None,
-) -> RunResult:
-    """The part of `train` after loading: attach, train, score, save."""
+) -> tuple[RunResult, Adaptation]:
+    """The part of `train` after loading: attach, train, score, save. The adapter stays attached."""
     started = time.perf_counter()
     collate = Collator(prepared.collate.pad_id, packed=config.packing)
     adaptation = _attach(config, prepared, collate, checkpoint)
     say(adaptation.summary())
     steps = _total_steps(config, len(prepared.train))
     metrics = MetricsFile(output / _METRICS, _step_of(checkpoint))
+    if config.eval_first and checkpoint is None:
+        metrics.write(event="eval", step=0, **score(prepared, config))
     figures = None
     if _step_of(checkpoint) < steps:
         figures = _fit(config, prepared, adaptation, collate, steps, output, checkpoint, metrics, say, live)
@@ -96,7 +98,7 @@ def train_prepared(
         init=_plain(adaptation.report),
     )
     write_text(output / _SUMMARY, json.dumps(result.__dict__, indent=1))
-    return result
+    return result, adaptation
 
 
 def _fit(

@@ -93,6 +93,8 @@ def training_arguments(config: TrainConfig, steps: int, output: Path) -> Trainin
 class AdaptationTrainer(Trainer):
     """Trains an `Adaptation`; see the module's docstring for what differs from its parent."""
 
+    control: Any
+
     def __init__(
         self,
         adaptation: Adaptation,
