@@ -74,7 +74,9 @@ class Driver:
                 torch.stack(extra).sum().backward()
 
     def _guard(self, optimizer: Optimizer) -> None:
-        low = getattr(optimizer, "compressed", dict)()  # gradients that were taken to a subspace as soon as they came
+        low: dict[Tensor, Tensor] = getattr(
+            optimizer, "compressed", dict
+        )()  # gradients that were taken to a subspace as soon as they came
         named = {t.name: low.get(t.parameter, t.parameter.grad) for t in self.trainables}
         grads = {name: grad for name, grad in named.items() if grad is not None}
         if not grads:

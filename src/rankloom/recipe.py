@@ -60,6 +60,8 @@ class Recipe:
             targets = find_targets(model, self.targets)
             if not targets and not whole_parameters(model, self.targets, targets):
                 raise CompositionError("the recipe adapts nothing on this model: give targets.modules or targets.train")
+            self.adapter.check_on(targets)
+            self.optimizer.check_on(targets)
 
     def _impossible(self, slot: str, part: Part, need: str) -> str:
         instead = [f"{s} {hint!r}" for s in SLOTS for hint in _offering(s, need)]

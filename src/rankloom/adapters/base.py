@@ -49,6 +49,9 @@ class Adapter(nn.Module, ABC):
 class AdapterPart(Part):
     """Settings that build one adapter per target."""
 
+    def check_on(self, targets: list[Target]) -> None:
+        """Raise :class:`TargetError` where the settings do not fit the targets; nothing is allocated yet."""
+
     def build(self, target: Target) -> Adapter:
         """A new adapter, its parameters uninitialised. Raises :class:`TargetError` where the target does not fit."""
         raise NotImplementedError

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.adapters.base import Adapter, AdapterPart, Dtype, adapter_dtype
-from rankloom.errors import RecipeError, TargetError
+from rankloom.errors import RecipeError, TargetError, near_names
 from rankloom.kernels import lowrank_linear
 from rankloom.parts import part
 from rankloom.targets import Layer, LinearLayer, Target, matches
@@ -124,20 +124,39 @@ class LoRA(AdapterPart):
         """``s`` for a target name."""
         return SCALINGS[self.scaling](_last_match(self.alpha_pattern, target, self.alpha), self.rank_of(target))
 
+    def check_on(self, targets: list[Target]) -> None:
+        names = [target.name for target in targets]
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            if not any(_matches(pattern, name) for name in names):
+                raise TargetError(
+                    f"adapter pattern {pattern!r} matches none of the targets{near_names(pattern, names)}"
+                )
+        for target in targets:
+            rank, limit = self.rank_of(target.name), min(target.shape)
+            if rank > limit:
+                raise TargetError(
+                    f"rank {rank} is above min(out, in) = {limit} of {target.name} {target.shape}: lower adapter.rank to "
+                    f"at most {limit}, or set adapter.rank_pattern for this module"
+                )
+
     def build(self, target: Target) -> LowRankAdapter:
         return LowRankAdapter(target.layer, **self._arguments(target), diagonal=self.core == "diagonal")
 
     def _arguments(self, target: Target) -> dict[str, Any]:
-        rank, limit = self.rank_of(target.name), min(target.shape)
-        if rank > limit:
-            raise TargetError(
-                f"rank {rank} is above min(out, in) = {limit} of {target.name} {target.shape}: lower adapter.rank to at "
-                f"most {limit}, or set adapter.rank_pattern for this module"
-            )
         dtype = adapter_dtype(self.dtype, target.layer)
-        return {"rank": rank, "scale": self.scale_of(target.name), "dropout": self.dropout, "dtype": dtype}
+        return {
+            "rank": self.rank_of(target.name),
+            "scale": self.scale_of(target.name),
+            "dropout": self.dropout,
+            "dtype": dtype,
+        }
 
 
 def _last_match(patterns: dict[str, T], name: str, default: T) -> T:
-    found = [value for pattern, value in patterns.items() if matches(pattern, name)]
+    found = [value for pattern, value in patterns.items() if _matches(pattern, name)]
     return found[-1] if found else default
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """A pattern for a fused module holds for its slices too."""
+    return matches(pattern, name) or matches(pattern, name.partition("[")[0])

@@ -15,6 +15,7 @@ from rankloom.errors import CompositionError, RecipeError
 from rankloom.optim.base import OptimizerPart
 from rankloom.optim.projectors import Projection, SVDProjector
 from rankloom.parts import part
+from rankloom.targets import Target
 
 __all__ = ["Projected", "ProjectedOptimizer"]
 
@@ -214,15 +215,17 @@ class Projected(OptimizerPart):
         if self.rank < 1 or self.every < 1:
             raise RecipeError(f"projected optimizer needs rank >= 1 and every >= 1, got {self.rank} and {self.every}")
 
+    def check_on(self, targets: list[Target]) -> None:
+        for target in targets:
+            if self.rank > min(target.shape):
+                raise CompositionError(
+                    f"optimizer rank {self.rank} is above min(out, in) = {min(target.shape)} of {target.name}: "
+                    f"lower optimizer.rank"
+                )
+
     def build(self, trainables: list[Trainable], lr: float, weight_decay: float | None = None) -> ProjectedOptimizer:
         dense = [t.parameter for t in trainables if t.role == "dense"]
         others = [t.parameter for t in trainables if t.role != "dense"]
-        for t in trainables:
-            if t.role == "dense" and self.rank > min(t.parameter.shape):
-                raise CompositionError(
-                    f"optimizer rank {self.rank} is above min(out, in) = {min(t.parameter.shape)} of {t.target}: "
-                    f"lower optimizer.rank"
-                )
 
         def inner(parameters: list[nn.Parameter], rate: float) -> Optimizer:
             return torch.optim.AdamW(parameters, lr=rate, betas=self.betas, eps=self.eps, weight_decay=0.0)
