@@ -91,9 +91,9 @@ def test_empty_and_integer_tensors() -> None:
 
 def test_cheap_at_full_size() -> None:
     model = nn.ModuleList([nn.Linear(1536, 576, bias=False) for _ in range(150)])  # 133M parameters
-    begin = time.perf_counter()
+    begin = time.process_time()
     fingerprint(model)
-    assert time.perf_counter() - begin < 1
+    assert time.process_time() - begin < 1
 
 
 def test_a_trained_head_loads_over_another_random_head(tmp_path: object) -> None:

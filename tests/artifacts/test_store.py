@@ -103,7 +103,7 @@ def test_a_file_is_not_replaced_by_a_folder(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArtifactError, match="cannot write .*: "):
+    with pytest.raises(ArtifactError, match=r"cannot write .*: "):
         zoo.adapted("lora", zoo.build("llama"), "llama").save(tmp_path / "file" / "adapter")
 
 
@@ -153,7 +153,7 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(rankloom.artifacts.store, "write_tensors", full)
-    with pytest.raises(ArtifactError, match="cannot write .*adapter: No space left on device"):
+    with pytest.raises(ArtifactError, match=r"cannot write .*adapter: No space left on device"):
         zoo.adapted("lora", zoo.build("llama"), "llama").save(tmp_path / "adapter")
     assert list(tmp_path.iterdir()) == []
 

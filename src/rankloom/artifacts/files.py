@@ -176,12 +176,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     if not path.is_file():
         raise ArtifactError(_missing(path))
-    with path.open("rb") as file:
-        if file.read(4).startswith(_PICKLE_MAGIC):
-            raise ArtifactError(f"{path} is a pickle, which can run code when opened: {_RESAVE}")
     try:
         return load_file(path)
     except (SafetensorError, ValueError) as error:
+        with path.open("rb") as file:  # only now: a sound file's first bytes are a length, and may look like anything
+            if file.read(4).startswith(_PICKLE_MAGIC):
+                raise ArtifactError(f"{path} is a pickle, which can run code when opened: {_RESAVE}") from None
         raise ArtifactError(
             f"{path} is truncated or damaged ({path.stat().st_size} bytes; {error}): copy or save the adapter again"
         ) from None
