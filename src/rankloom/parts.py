@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from rankloom.errors import RecipeError, near_names
+
+if TYPE_CHECKING:
+    import pydantic
 
 __all__ = ["SLOTS", "Part", "kinds", "part", "part_from_dict"]
 
@@ -89,11 +93,18 @@ def part_from_dict(slot: str, plain: Mapping[str, Any] | str) -> Part:
     return _validated(cls, fields)
 
 
-def _validated(cls: type[Part], fields: dict[str, Any]) -> Part:
+@cache
+def _validator(cls: Any) -> pydantic.TypeAdapter[Part]:
     import pydantic  # here, not above: only reading recipes needs it
 
+    return pydantic.TypeAdapter(cls)
+
+
+def _validated(cls: type[Part], fields: dict[str, Any]) -> Part:
+    import pydantic
+
     try:
-        made = pydantic.TypeAdapter(cls).validate_python(fields)
+        made = _validator(cls).validate_python(fields)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(p) for p in first["loc"])

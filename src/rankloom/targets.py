@@ -425,12 +425,14 @@ def whole_parameters(model: nn.Module, settings: Targets, targets: list[Target])
         TargetError: a pattern that matches no parameter and no module with parameters.
     """
     adapted = {id(target.layer.stored) for target in targets}
-    everything = dict(model.named_parameters())
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    everything = dict(model.named_parameters(remove_duplicate=False))  # a tied head is found by its own name too
     found: dict[str, nn.Parameter] = {}
     for pattern in settings.train:
         modules = _trained_modules(model, (pattern,))
         inside = [n for n in everything if matches(pattern, n) or any(n.startswith(f"{m}.") for m in modules)]
         if not inside:
             _select(pattern, list(everything), "train")
-        found.update({name: everything[name] for name in inside if id(everything[name]) not in adapted})
+        whole = [everything[name] for name in inside if id(everything[name]) not in adapted]
+        found.update({first[id(parameter)]: parameter for parameter in whole})
     return found
