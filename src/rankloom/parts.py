@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from rankloom.errors import RecipeError, near_names
 
@@ -104,7 +104,7 @@ def _validated(cls: type[Part], fields: dict[str, Any]) -> Part:
     import pydantic
 
     try:
-        made = _validator(cls).validate_python(fields)
+        made = _validator(cast(Any, cls)).validate_python(fields)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(p) for p in first["loc"])
