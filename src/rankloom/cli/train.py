@@ -55,6 +55,7 @@ def command(
     named = {key: value for key, value in locals().items() if key not in ("settings", "quiet", "json", "targets")}
     patterns = targets.split(",") if targets and targets != "all-linear" else targets
     from rankloom.training.config import load_config
+    from rankloom.training.processes import is_main
     from rankloom.training.progress import say_to_stderr
     from rankloom.training.run import train
 
@@ -62,6 +63,8 @@ def command(
     file = items.pop(0) if items and items[0].endswith((".yaml", ".yml")) else None
     config = load_config(file, items, {**named, "targets": patterns})
     result = train(config, say=(lambda _line: None) if quiet else say_to_stderr, live=False if quiet else None)
+    if not is_main():
+        return
     if json:
         emit(result.__dict__)
     else:

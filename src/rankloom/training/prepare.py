@@ -22,6 +22,7 @@ from rankloom.training.data import Rows, load_rows
 from rankloom.training.encode import Encoder, Example, Images, encode_rows
 from rankloom.training.metrics import choices_of, evaluate
 from rankloom.training.models import Loaded, load_model
+from rankloom.training.processes import device
 
 __all__ = ["Prepared", "build_recipe", "calibration_of", "encode_split", "prepare", "score"]
 
@@ -80,9 +81,7 @@ def _settle(model: nn.Module, config: TrainConfig) -> None:
 
     A cache also hides the document boundaries of packed sequences from the mask, so it must be off, not just unused.
     """
-    from accelerate import PartialState
-
-    model.to(PartialState().device)
+    model.to(device())
     loose: Any = model
     loose.config.use_cache = False
     if config.gradient_checkpointing:

@@ -37,13 +37,17 @@ class MetricsFile:
     of the process cut short, are taken out first.
     """
 
-    def __init__(self, path: Path, resume_step: int) -> None:
-        self.path = path
+    def __init__(self, path: Path, resume_step: int, *, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
+        if not writes:
+            return
         kept = [line for line in self._lines() if line["step"] <= resume_step] if resume_step else []
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, **event: Any) -> None:
         """Append one event and flush it."""
+        if not self.writes:
+            return
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(event) + "\n")
 

@@ -18,6 +18,7 @@ from rankloom.training.checkpoint import clean, list_checkpoints, newest, replac
 from rankloom.training.collate import Collator
 from rankloom.training.config import TrainConfig
 from rankloom.training.prepare import Prepared, build_recipe, calibration_of, prepare, score
+from rankloom.training.processes import is_main, process_count, wait
 from rankloom.training.progress import Display, MetricsFile, peak_memory_mb, say_to_stderr
 
 __all__ = ["Interrupted", "RunResult", "train", "train_prepared"]
@@ -52,6 +53,7 @@ def train(config: TrainConfig, *, say: Callable[[str], None] = say_to_stderr, li
     """
     build_recipe(config)  # a misspelt method should not wait for a model to load
     output = Path(config.output)
+    say = say if is_main() else _silent
     checkpoint = _open_output(output, config, say)
     try:
         prepared = prepare(config, say)
@@ -76,7 +78,7 @@ def train_prepared(
     adaptation = _attach(config, prepared, collate, checkpoint)
     say(adaptation.summary())
     steps = _total_steps(config, len(prepared.train))
-    metrics = MetricsFile(output / _METRICS, _step_of(checkpoint))
+    metrics = MetricsFile(output / _METRICS, _step_of(checkpoint), writes=is_main())
     if config.eval_first and checkpoint is None:
         metrics.write(event="eval", step=0, **score(prepared, config))
     figures = None
@@ -86,7 +88,6 @@ def train_prepared(
         figures = score(prepared, config)
         metrics.write_once(event="eval", step=steps, **figures)
         say(f"validation after {steps} steps: " + ", ".join(f"{k} {v:,.4g}" for k, v in figures.items()))
-    replace_folder(output / "adapter", lambda folder: _save_into(adaptation, folder))
     result = RunResult(
         output=str(output),
         adapter=str(output / "adapter"),
@@ -97,7 +98,10 @@ def train_prepared(
         trainable=adaptation.summary(),
         init=_plain(adaptation.report),
     )
-    write_text(output / _SUMMARY, json.dumps(result.__dict__, indent=1))
+    if is_main():
+        replace_folder(output / "adapter", lambda folder: _save_into(adaptation, folder))
+        write_text(output / _SUMMARY, json.dumps(result.__dict__, indent=1))
+    wait()
     return result, adaptation
 
 
@@ -117,7 +121,9 @@ def _fit(
     from rankloom.training.trainer import AdaptationTrainer, Stop, stop_on_signal
 
     stop = Stop()
-    display = Display(config.method if config.recipe is None else "training", steps, live=live, say=say)
+    display = Display(
+        config.method if config.recipe is None else "training", steps, live=live if is_main() else False, say=say
+    )
     trainer = AdaptationTrainer(
         adaptation,
         config,
@@ -167,9 +173,11 @@ def _open_output(output: Path, config: TrainConfig, say: Callable[[str], None]) 
         raise RankloomError(f"{output} already holds a run; continue it with resume=true or choose another output")
     if config.resume:
         _same_run(output, config)
-    clean(output)
-    plain = config.model_copy(update={"resume": False}).model_dump()
-    write_text(output / _CONFIG, yaml.safe_dump(plain, sort_keys=False))
+    if is_main():
+        clean(output)
+        plain = config.model_copy(update={"resume": False}).model_dump()
+        write_text(output / _CONFIG, yaml.safe_dump(plain, sort_keys=False))
+    wait()
     if not config.resume:
         return None
     checkpoint = newest(output, say)
@@ -201,15 +209,15 @@ def _record_data(output: Path, config: TrainConfig, prepared: Prepared) -> None:
     path = output / _RUN
     if config.resume and path.is_file() and json.loads(path.read_text()) != record:
         raise RankloomError(f"cannot resume: the data has changed since the run in {output}; choose another output")
-    write_text(path, json.dumps(record))
+    wait()
+    if is_main():
+        write_text(path, json.dumps(record))
 
 
 def _total_steps(config: TrainConfig, examples: int) -> int:
     if config.steps is not None:
         return config.steps
-    from accelerate import PartialState
-
-    batches = math.ceil(examples / (config.batch_size * PartialState().num_processes))
+    batches = math.ceil(examples / (config.batch_size * process_count()))
     return max(1, math.ceil(config.epochs * math.ceil(batches / config.accumulation)))
 
 
@@ -219,6 +227,10 @@ def _step_of(checkpoint: Path | None) -> int:
 
 def _save_into(adaptation: Adaptation, folder: Path) -> None:
     adaptation.save(folder)
+
+
+def _silent(_line: str) -> None:
+    pass
 
 
 def _plain(report: Any) -> dict[str, Any]:

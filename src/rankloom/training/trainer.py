@@ -24,6 +24,7 @@ from rankloom.errors import GradientError
 from rankloom.training.checkpoint import load_state, rng_state, save_checkpoint, set_rng_state
 from rankloom.training.config import TrainConfig
 from rankloom.training.metrics import count_tokens
+from rankloom.training.processes import on_cpu
 from rankloom.training.progress import Display, MetricsFile, peak_memory_mb
 
 __all__ = ["AdaptationTrainer", "Stop", "stop_on_signal", "training_arguments"]
@@ -83,6 +84,8 @@ def training_arguments(config: TrainConfig, steps: int, output: Path) -> Trainin
         eval_steps=config.eval_every,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=on_cpu(),
+        ddp_find_unused_parameters=False,
         disable_tqdm=True,
         report_to=[],
         seed=config.seed,
@@ -167,7 +170,10 @@ class AdaptationTrainer(Trainer):
         if "loss" not in logs:
             return
         seconds = time.perf_counter() - self._clock
-        speed = (self.tokens - self._clock_tokens) / max(seconds, 1e-9)
+        count = (
+            self.args.world_size
+        )  # the other processes' batches are alike; asking them would make every log a barrier
+        speed = (self.tokens - self._clock_tokens) * count / max(seconds, 1e-9)
         step = self.state.global_step
         self.metrics_file.write(
             event="train",
@@ -175,7 +181,7 @@ class AdaptationTrainer(Trainer):
             epoch=self.state.epoch,
             loss=logs["loss"],
             lr=logs.get("learning_rate"),
-            tokens=self.tokens,
+            tokens=self.tokens * count,
             tokens_per_second=round(speed, 1),
             peak_memory_mb=round(peak_memory_mb(), 1),
         )
