@@ -361,17 +361,18 @@ def find_targets(model: nn.Module, settings: Targets) -> list[Target]:
     return targets
 
 
-def _chosen_slices(model: nn.Module, settings: Targets, layers: dict[str, nn.Module]) -> dict[str, list[str]]:
+def _chosen_slices(model: nn.Module, settings: Targets, layers: dict[str, nn.Module]) -> dict[str, list[str | None]]:
+    """Chosen modules with the slices asked of each, None for the whole of it."""
     if settings.modules == "all-linear":
         skipped = _heads(model)
         whole = set() if "*" in settings.train else _trained_modules(model, settings.train)
         return {
-            name: []
+            name: [None]
             for name, module in layers.items()
             if not isinstance(module, nn.Embedding | nn.Conv2d) and id(module) not in skipped and name not in whole
         }
     patterns = (settings.modules,) if isinstance(settings.modules, str) else settings.modules
-    chosen: dict[str, list[str]] = {}
+    chosen: dict[str, list[str | None]] = {}
     known = list(dict(model.named_modules()))[1:]
     for pattern in patterns:
         sliced = None if pattern.startswith("re:") else _SLICE.match(pattern)
@@ -381,7 +382,7 @@ def _chosen_slices(model: nn.Module, settings: Targets, layers: dict[str, nn.Mod
             kind = type(model.get_submodule(found[0])).__name__
             raise TargetError(f"target pattern {pattern!r} matches {found[0]} ({kind}), which has no weight to adapt")
         for name in usable:
-            chosen.setdefault(name, []).extend([sliced["rows"]] if sliced else [])
+            chosen.setdefault(name, []).append(sliced["rows"] if sliced else None)
     return chosen
 
 
@@ -390,14 +391,17 @@ def _trained_modules(model: nn.Module, patterns: tuple[str, ...]) -> set[str]:
     return {name for pattern in patterns for name in names if matches(pattern, name)}
 
 
-def _targets_of(name: str, module: nn.Module, slices: list[str], model: nn.Module) -> Iterator[Target]:
+def _targets_of(name: str, module: nn.Module, slices: list[str | None], model: nn.Module) -> Iterator[Target]:
     whole = cast(Layer, layer_of(module))
-    if not slices:
+    specs = [spec for spec in slices if spec is not None]
+    if not specs:
         yield Target(name, whole, name)
         return
+    if len(specs) < len(slices):
+        raise TargetError(f"{name} is chosen whole and by slice [{specs[0]}]: drop one of the two patterns")
     if not isinstance(whole, LinearLayer | Conv1DLayer):
         raise TargetError(f"{name} is a {type(module).__name__}: only fused linear projections can be sliced")
-    ranges = sorted({_rows(spec, name, whole.out_features, getattr(model, "config", None)) for spec in slices})
+    ranges = sorted({_rows(spec, name, whole.out_features, getattr(model, "config", None)) for spec in specs})
     for (_, stop), (start, _) in pairwise(ranges):
         if start < stop:
             raise TargetError(f"slices of {name} overlap: {ranges}")

@@ -140,6 +140,12 @@ def test_overlapping_slices_are_refused() -> None:
     assert len(names(zoo.build("gpt2"), ("c_attn[q]", "c_attn[0:16]"))) == 2  # the same rows twice are one
 
 
+def test_a_module_is_adapted_whole_or_by_slice() -> None:
+    for patterns in (("c_attn", "c_attn[q]"), ("c_attn[q]", "*.c_attn")):
+        with pytest.raises(TargetError, match=r"h\.0\.attn\.c_attn is chosen whole and by slice \[q\]"):
+            names(zoo.build("gpt2"), patterns)
+
+
 def test_ties_are_found_and_have_to_be_declared() -> None:
     model = zoo.build("llama", tie_word_embeddings=True)
     assert list(tied_weights(model).values()) == [["model.embed_tokens.weight", "lm_head.weight"]]
