@@ -15,7 +15,9 @@ __all__ = ["command"]
 def command(
     run: Annotated[str, typer.Argument(help="Output folder of `rankloom train`, or an adapter's folder.")],
     to: Annotated[str, typer.Argument(help="Folder to write.")],
-    format: Annotated[str, typer.Option(help="peft (an adapter PEFT, vLLM and others load) or merged.")] = "peft",
+    format: Annotated[
+        str, typer.Option(help="peft (as PEFT knows the method), lora (plain, for every reader) or merged.")
+    ] = "peft",
     rank: Annotated[
         int | None, typer.Option(help="Rank of the approximation, for updates that have no low rank.")
     ] = None,
@@ -35,4 +37,7 @@ def command(
     given = {"model": model, "task": task, "dtype": dtype}
     restored = restore(run, options=given, force=force, say=say_to_stderr)
     report = export_run(restored, to, format, rank)
-    emit(report) if json else pairs(report)
+    if json:
+        emit(report)
+    else:
+        pairs({key: value for key, value in report.items() if not isinstance(value, dict | list)})

@@ -158,18 +158,19 @@ def _labels(folder: Path) -> list[str]:
 
 
 def export_run(restored: Restored, to: str | Path, form: str, rank: int | None = None) -> dict[str, Any]:
-    """Write an adapter in another format, with the tokenizer beside a merged model so that it loads by itself."""
+    """Write an adapter as ``peft``, as plain ``lora`` (the PEFT form every reader takes) or ``merged`` into the model."""
     adaptation = restored.adaptation
     if adaptation is None:
         raise RecipeError("nothing to export: the base model was opened without an adapter")
-    if form not in ("peft", "merged"):
-        raise RecipeError(f"unknown format '{form}'; choose peft or merged")
     options: dict[str, Any] = {"rank": rank} if rank is not None else {}
-    if form == "peft":
-        # A hub id stays one; a converted asset's folder means nothing elsewhere, its name does.
-        report = adaptation.export(to, "peft", **options)
-    else:
-        report = adaptation.export(to, "merged", **options)
-        if restored.loaded.tokenizer is not None:
+    if form in ("peft", "lora"):
+        report = adaptation.export(to, "peft", form="lora" if form == "lora" else "auto", **options)
+    elif form == "merged" and rank is None:
+        report = adaptation.export(to, "merged")
+        if restored.loaded.tokenizer is not None:  # so that the folder loads by itself
             restored.loaded.tokenizer.save_pretrained(to)
+    elif form == "merged":
+        raise RecipeError("a merged model has no rank: leave out --rank")
+    else:
+        raise RecipeError(f"unknown format '{form}'; choose peft, lora or merged")
     return {"written": str(to), **report}
