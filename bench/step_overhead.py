@@ -87,7 +87,9 @@ def theirs(variant: str, model: torch.nn.Module) -> tuple[Any, Any]:
     return torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-4), wrapped
 
 
-def times(layers: int, dtype: torch.dtype, repeats: int, variants: list[str], tokens: tuple[int, int]) -> dict[str, Any]:
+def times(
+    layers: int, dtype: torch.dtype, repeats: int, variants: list[str], tokens: tuple[int, int]
+) -> dict[str, Any]:
     """Interleaved step times of all variants."""
     base = build(layers, dtype)
     ids = torch.randint(0, base.config.vocab_size, tokens, generator=torch.Generator().manual_seed(0))
@@ -141,7 +143,10 @@ def main() -> None:
             measured = times(layers, getattr(torch, dtype), args.repeats, args.variants, (4, 256))
             result["time"][f"{layers} layers {dtype}"] = measured
             print(f"\n{layers} layers, {dtype}: CPU seconds a step and ratio to the frozen limit (quartiles)")
-            table([{"variant": n, **m} for n, m in measured.items()], ["variant", "seconds", "ratio", "ratio_low", "ratio_high"])
+            table(
+                [{"variant": n, **m} for n, m in measured.items()],
+                ["variant", "seconds", "ratio", "ratio_low", "ratio_high"],
+            )
             write(args.json, result)
     if not args.no_memory:
         layers = max(args.layers)

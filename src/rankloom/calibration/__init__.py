@@ -2,11 +2,13 @@
 
 from rankloom.calibration.activations import ActivationComponents, activation_components
 from rankloom.calibration.data import Calibration
-from rankloom.calibration.gradients import GradientSVD, exact_gradients, gradient_svd
+from rankloom.calibration.gradients import GradientReport, exact_gradients, gradient_svd
+from rankloom.calibration.sketch import GradientSVD
 
 __all__ = [
     "ActivationComponents",
     "Calibration",
+    "GradientReport",
     "GradientSVD",
     "activation_components",
     "exact_gradients",

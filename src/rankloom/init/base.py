@@ -11,7 +11,7 @@ from torch import nn
 
 from rankloom.adapters import Binding
 from rankloom.calibration import Calibration
-from rankloom.calibration.gradients import target_generator
+from rankloom.calibration.sketch import target_generator
 from rankloom.parts import Part
 
 __all__ = ["InitContext", "InitPart"]

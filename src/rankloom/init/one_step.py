@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.adapters import Binding, LowRankAdapter
-from rankloom.calibration import Calibration, GradientSVD, exact_gradients, gradient_svd
-from rankloom.calibration.gradients import GradientReport
+from rankloom.calibration import Calibration, GradientReport, GradientSVD, exact_gradients, gradient_svd
 from rankloom.errors import GradientError, RecipeError
 from rankloom.init.base import InitContext, InitPart
 from rankloom.init.random import kaiming_rows

@@ -47,7 +47,9 @@ class _DoRALinear(torch.autograd.Function):
                 y = out.view(-1, out.shape[-1])
                 grad_gain = _column_dots(grad, y if bias is None else y - bias, gain.dtype) / gain
             else:
-                grad_gain = _column_dots(grad, forward_product(x, weight, None, a_, b_, ctx.scale).view_as(grad), gain.dtype)
+                grad_gain = _column_dots(
+                    grad, forward_product(x, weight, None, a_, b_, ctx.scale).view_as(grad), gain.dtype
+                )
         products = backward_products(grad * gain.to(dtype), x, weight, a_, b_, ctx.scale, needs)
         grad_x, grad_a, grad_b = products
         return (

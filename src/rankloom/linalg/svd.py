@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["best_rank", "orthonormal", "randomized_svd", "truncated_svd"]
+__all__ = ["best_rank", "orthonormal", "randomized_svd", "truncated_svd", "two_sided_svd"]
 
 
 def _working(matrix: Tensor) -> Tensor:
@@ -19,9 +19,19 @@ def orthonormal(matrix: Tensor) -> Tensor:
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``U`` (m, r), ``S`` (r,), ``V`` (n, r) with ``matrix ~ U diag(S) V^T``, the best rank-r approximation (Eckart-Young)."""
+    """``U`` (m, r), ``S`` (r,), ``V`` (n, r) with ``matrix ~ U diag(S) V^T``, the best rank-r approximation (Eckart-Young).
+
+    Signs follow a convention (see :func:`fix_signs`), so rescaling a matrix does not flip its vectors.
+    """
     u, s, vh = torch.linalg.svd(_working(matrix), full_matrices=False)
-    return u[:, :rank], s[:rank], vh[:rank].mT
+    u, v = fix_signs(u[:, :rank], vh[:rank].mT)
+    return u, s[:rank], v
+
+
+def fix_signs(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Flip pairs of columns so that the largest entry of each column of ``u`` is positive; ``u v^T`` stays the same."""
+    sign = torch.where(u.gather(0, u.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0).to(u.dtype)
+    return u * sign, v * sign
 
 
 def randomized_svd(
@@ -38,10 +48,33 @@ def randomized_svd(
     for _ in range(power):
         basis = orthonormal(work @ orthonormal(work.mT @ basis))
     u, s, v = truncated_svd(basis.mT @ work, rank)
-    return basis @ u, s, v
+    u, v = fix_signs(basis @ u, v)
+    return u, s, v
 
 
 def best_rank(matrix: Tensor, rank: int) -> Tensor:
     """The best rank-r approximation of ``matrix`` (m, n), dense."""
     u, s, v = truncated_svd(matrix, rank)
     return (u * s) @ v.mT
+
+
+def two_sided_svd(
+    left: Tensor, right: Tensor, image: Tensor, coimage: Tensor, rank: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading triplets of a matrix ``G`` (m, n) known only through two thin products.
+
+    ``left`` ``Q`` (m, k) and ``right`` ``P`` (n, k) have orthonormal columns, ``image`` is ``Y = G P``, ``coimage`` is
+    ``Z = G^T Q``. They determine all of ``G`` but what both bases miss:
+
+        G = Q Z^T + Y P^T - Q C P^T + (I - Q Q^T) G (I - P P^T),   C = Q^T G P.
+
+    The last term is small in both factors and left out; the rest has rank 2k, and its SVD is found in the bases
+    ``[Q, Y]`` and ``[P, Z]``, so both subspaces are one multiplication with ``G`` ahead of the bases that made them.
+    """
+    core = (left.mT @ image + coimage.mT @ right) / 2
+    q, p = orthonormal(torch.cat([left, image], 1)), orthonormal(torch.cat([right, coimage], 1))
+    q_left, p_right = q.mT @ left, p.mT @ right
+    small = q_left @ (p.mT @ coimage).mT + (q.mT @ image) @ p_right.mT - q_left @ core @ p_right.mT
+    u, s, v = truncated_svd(small, rank)
+    u, v = fix_signs(q @ u, p @ v)
+    return u, s, v

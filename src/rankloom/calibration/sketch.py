@@ -1,0 +1,130 @@
+"""A streamed, two-sided sketch of one gradient, which is never formed.
+
+``G = sum grad_y^T x`` (out, in), so ``G P = sum grad_y^T (x P)`` and ``G^T Q = sum x^T (grad_y Q)`` are sums over tokens of
+thin products. Each pass over the data multiplies ``G`` from both sides. The first pass uses random bases and finds the
+ranges; every later one multiplies the current singular subspaces, and :func:`rankloom.linalg.two_sided_svd` puts both
+products together, which moves both subspaces by one power of ``G`` more than a one-sided projection would.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rankloom.calibration.data import all_reduce
+from rankloom.errors import GradientError, TargetError
+from rankloom.linalg import orthonormal, two_sided_svd
+from rankloom.targets import Conv2dLayer, Layer, LinearLayer, Target
+
+__all__ = ["GradientSVD", "Sketch", "target_generator"]
+
+
+@dataclass
+class GradientSVD:
+    """``G ~ U diag(S) V^T`` of one target: ``U`` (out, k), ``S`` (k,), ``V`` (in, k), of the mean-loss gradient.
+
+    ``captured``: estimated share of the best rank-r energy that the leading r triplets capture (1 in exact mode).
+    ``explained``: estimated share of ``||G||_F^2`` they hold. ``passes``: passes over the data this target took.
+    """
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+    captured: float
+    explained: float
+    passes: int
+
+    def top(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The leading ``rank`` triplets."""
+        return self.U[:, :rank], self.S[:rank], self.V[:, :rank]
+
+
+def target_generator(seed: int, name: str) -> torch.Generator:
+    """A generator of its own for every target, so results do not depend on the order or number of other targets."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+class Sketch:
+    """The state of one target: two thin bases, the two sums of the current pass, and the energies of earlier passes."""
+
+    def __init__(self, target: Target, rank: int, width: int, seed: int) -> None:
+        if isinstance(target.layer, Conv2dLayer) and target.layer.grouped:
+            raise TargetError(f"{target.name} is a grouped convolution: its gradient needs exact mode (method='exact')")
+        fan_out, fan_in = target.shape
+        self.layer, self.rank = target.layer, min(rank, fan_out, fan_in)
+        self.width = min(width, fan_out, fan_in)
+        self.dtype = torch.promote_types(self.layer.dtype, torch.float32)
+        generator = target_generator(seed, target.name)
+        self.right, self.left = (
+            torch.randn(n, self.width, generator=generator, dtype=self.dtype).to(self.layer.device)
+            for n in (fan_in, fan_out)
+        )
+        self.passes, self.frobenius2 = 0, 0.0
+        self.energies: list[float] = []
+        self.result: GradientSVD | None = None
+
+    def start_pass(self) -> None:
+        """Clear the sums and bring the bases to the dtype the model computes in."""
+        self.image, self.coimage = torch.zeros_like(self.left), torch.zeros_like(self.right)
+        self._left, self._right = self.left.to(self.layer.dtype), self.right.to(self.layer.dtype)
+
+    def add(self, x: Tensor, grad: Tensor, weight: float) -> None:
+        """Add one micro-batch: ``weight * grad^T (x P)`` to the image, ``weight * x^T (grad Q)`` to the coimage."""
+        flat = self.layer.tokens(grad)
+        thin = self.layer.tokens(self.layer.down(x, self._right.mT))
+        self.image.add_((thin.mT @ flat).mT, alpha=weight)
+        self.coimage.add_(_transposed(self.layer, x, flat @ self._left, grad), alpha=weight)
+
+    def finish_pass(self, tokens: float) -> None:
+        """Turn the sums into the triplets found so far and the next bases."""
+        image, coimage = all_reduce(self.image) / tokens, all_reduce(self.coimage) / tokens
+        if not (torch.isfinite(image).all() and torch.isfinite(coimage).all()):
+            raise GradientError(
+                "a calibration gradient is not finite: check the data, or calibrate in float32 or bfloat16"
+            )
+        self.passes += 1
+        if self.passes == 1:
+            # E ||G Omega||_F^2 = k ||G||_F^2 for a standard normal Omega, on either side.
+            self.frobenius2 = float(image.square().sum() + coimage.square().sum()) / (2 * self.width)
+            self.left, self.right = orthonormal(image), orthonormal(coimage)
+        else:
+            u, s, v = two_sided_svd(self.left, self.right, image, coimage, self.width)
+            self._record(u, s, v)
+            self.left, self.right = u.contiguous(), v.contiguous()
+        self.image = self.coimage = self._left = self._right = torch.empty(0)
+
+    def _record(self, u: Tensor, s: Tensor, v: Tensor) -> None:
+        energy = float(s[: self.rank].square().sum())
+        self.energies.append(energy)
+        explained = min(1.0, energy / self.frobenius2) if self.frobenius2 else 1.0
+        self.result = GradientSVD(u, s, v, self._captured(s), explained, self.passes)
+
+    def _captured(self, s: Tensor) -> float:
+        """Energy found over energy expected at convergence.
+
+        Both subspaces gain a power of ``G`` a pass, so what is missing shrinks by about ``(s_k / s_r)^4`` (k the width) and
+        the last gain continues as a geometric series. The ratio is taken as 0.1 at least: the sketch's own tail, not yet
+        converged, makes it look smaller than it is. One energy has no gain to continue: not known yet, reported as 0.
+        """
+        if self.width == min(self.layer.out_features, self.layer.in_features):
+            return 1.0  # a basis spans its whole space
+        if self.energies[-1] == 0:
+            return 1.0
+        if len(self.energies) < 2:
+            return 0.0
+        gain = abs(self.energies[-1] - self.energies[-2])  # an estimate may overshoot on its way
+        ratio = min(0.9, max(0.1, float(s[-1] / s[self.rank - 1]) ** 4))
+        return self.energies[-1] / (self.energies[-1] + gain * ratio / (1 - ratio))
+
+
+def _transposed(layer: Layer, x: Tensor, thin: Tensor, grad: Tensor) -> Tensor:
+    """``x^T thin`` (in, k) for any kind of layer: the adjoint of ``down`` in its matrix."""
+    if isinstance(layer, LinearLayer) or (x.is_floating_point() and x.shape[:-1] == grad.shape[:-1]):
+        return x.reshape(-1, x.shape[-1]).mT @ thin
+    with torch.enable_grad():
+        probe = torch.zeros(thin.shape[1], layer.in_features, dtype=thin.dtype, device=thin.device, requires_grad=True)
+        return torch.autograd.grad(layer.tokens(layer.down(x.detach(), probe)), probe, thin)[0].mT
