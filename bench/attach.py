@@ -19,10 +19,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import provenance, table, write
-from step_overhead import LINEARS, build
 
 import rankloom
+from common import provenance, table, write
+from step_overhead import LINEARS, build
 
 IMPORT = "import time; import torch; t=time.process_time(); import {module}; print(time.process_time()-t)"
 

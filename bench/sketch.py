@@ -18,9 +18,9 @@ import warnings
 from typing import Any
 
 import torch
-from common import peak_mb, provenance, reset_peak, table, write
 
 import rankloom
+from common import peak_mb, provenance, reset_peak, table, write
 from rankloom.calibration import Calibration, exact_gradients, gradient_svd
 from rankloom.targets import Targets, find_targets
 

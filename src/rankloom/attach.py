@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from rankloom.adapters import Binding
 from rankloom.errors import TargetError
-from rankloom.targets import Layer
+from rankloom.kernels import lowrank_linears
 
-__all__ = ["Attached", "attach_modules", "detach_modules", "put_parameters", "swap_parameters"]
+__all__ = ["Attached", "attach_modules", "detach_modules", "refuse_attached", "swap_parameters"]
 
 
 class Attached:
@@ -44,6 +44,58 @@ class _Whole:
         return self.adapter.forward(x, self.layer)
 
 
+class _Sibling(_Whole):
+    """One of several modules that usually read the same input one after the other (q, k, v; gate, up).
+
+    The first one called computes for all and leaves the others' outputs with them. A sibling takes what was left only if
+    its own input is that very tensor, unchanged; whatever else a model does with its modules, each output is its own.
+    The grouping depends on names alone, never on earlier calls, so runs stay reproducible to the bit.
+    """
+
+    def __init__(self, binding: Binding) -> None:
+        super().__init__(binding)
+        self.others: list[_Sibling] = []
+        self.left: tuple[Tensor, int, Tensor] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        left, self.left = self.left, None
+        if left is not None and left[0] is x and left[1] == x._version:
+            return left[2]
+        if not self.others or torch.compiler.is_compiling() or x.is_inference():
+            return super().__call__(x)
+        group = [self, *self.others]
+        if not all(member.adapter.fuses(x, member.layer) for member in group):
+            return super().__call__(x)
+        outs = lowrank_linears(x, [member.adapter.linear(member.layer) for member in group])
+        for other, out in zip(self.others, outs[1:], strict=True):
+            other.left = (x, x._version, out)
+        return outs[0]
+
+
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("gate_proj", "up_proj"),
+)
+
+
+def _siblings(model: nn.Module, by_name: dict[str, _Whole]) -> None:
+    """Introduce siblings to each other: modules of one parent whose usual names say that they read one input.
+
+    Cross attention is left alone: its queries read another input than its keys and values.
+    """
+    for name in [name for name in by_name if name.endswith(tuple(f".{names[0]}" for names in SIBLINGS))]:
+        parent, leaf = name.rsplit(".", 1)
+        if "cross" in parent.lower() or "encoder_attn" in parent:
+            continue
+        names = next(names for names in SIBLINGS if names[0] == leaf)
+        group = [by_name.get(f"{parent}.{other}") for other in names]
+        members = [member for member in group if isinstance(member, _Sibling)]
+        if len(members) == len(names) and len({member.layer.in_features for member in members}) == 1:
+            members[0].others = members[1:]
+
+
 class _Sliced:
     """Forward of a fused projection: its own product once, then adapted row ranges and frozen ones side by side.
 
@@ -71,11 +123,15 @@ def attach_modules(model: nn.Module, bindings: list[Binding]) -> None:
     groups: dict[str, list[Binding]] = {}
     for binding in bindings:
         groups.setdefault(binding.target.module_name, []).append(binding)
-    for group in groups.values():
+    wholes: dict[str, _Whole] = {}
+    for name, group in groups.items():
         module, whole = group[0].layer.module, group[0].layer.rows is None
         module.add_module("rankloom", group[0].adapter if whole else nn.ModuleList([b.adapter for b in group]))
-        module.__dict__["_rankloom_forward"] = _Whole(group[0]) if whole else _Sliced(module, group)
+        if whole:
+            wholes[name] = _Sibling(group[0]) if group[0].adapter.shares_input else _Whole(group[0])
+        module.__dict__["_rankloom_forward"] = wholes[name] if whole else _Sliced(module, group)
         module.__class__ = _attached_class(type(module))
+    _siblings(model, wholes)
 
 
 def detach_modules(bindings: list[Binding]) -> None:
@@ -100,10 +156,3 @@ def swap_parameters(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> N
         for key, parameter in module._parameters.items():
             if parameter is old:
                 module._parameters[key] = new
-
-
-def put_parameters(layer: Layer, weight: Tensor) -> Any:
-    """Give a layer's module its own weight parameter; returns the one it had."""
-    old = layer.module._parameters["weight"]
-    layer.module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-    return old

@@ -21,13 +21,14 @@ class Adapter(nn.Module, ABC):
     """One adapted weight: ``y = x (W + delta)^T + b`` with ``delta`` a function of this module's parameters.
 
     Class facts: ``linear_in_x`` (the update is a matrix), ``mergeable``, ``needs_base`` (when ``W`` has to be readable),
-    ``seeded`` (frozen tensors are regenerated from a seed, not stored).
+    ``seeded`` (frozen tensors are regenerated from a seed, not stored), ``shares_input`` (siblings may run as one kernel).
     """
 
     linear_in_x: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
     needs_base: ClassVar[Literal["never", "init", "merge", "every_step"]] = "never"
     seeded: ClassVar[bool] = False
+    shares_input: ClassVar[bool] = False  # offers `fuses` and `linear`
     roles: ClassVar[dict[str, str]] = {}  # parameter name -> role, for optimizers that treat factors differently
 
     @abstractmethod

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from rankloom.adapters.lora import LoRA, LowRankAdapter, dropout, fusable
+from rankloom.adapters.lora import LoRA, LowRankAdapter, dropout
 from rankloom.kernels import dora_linear
 from rankloom.parts import part
 from rankloom.targets import Layer, Target
@@ -25,6 +25,7 @@ class DoRAAdapter(LowRankAdapter):
 
     needs_base: ClassVar[Literal["never", "init", "merge", "every_step"]] = "every_step"
     roles: ClassVar[dict[str, str]] = {**LowRankAdapter.roles, "m": "magnitude"}
+    shares_input: ClassVar[bool] = False  # each has a gain of its own after the products
     base_norm2: Tensor
 
     def __init__(self, layer: Layer, **settings: Any) -> None:
@@ -61,11 +62,10 @@ class DoRAAdapter(LowRankAdapter):
 
     def forward(self, x: Tensor, base: Layer) -> Tensor:
         gain = self.gain(base)
-        dropped = self.dropout > 0 and self.training
-        if not dropped and fusable(x, base):
+        if self.fuses(x, base):
             return dora_linear(x, base.weight(), base.bias(), self.rows(), self.B, gain, self.scale)
         dtype = x.dtype if x.is_floating_point() else base.dtype
-        inner = dropout(x, self.dropout) if dropped else x
+        inner = dropout(x, self.dropout) if self.training and self.dropout else x
         y = base(x)
         gain = base.broadcast(gain.to(y.dtype))
         update = base.lowrank(inner, self.rows().to(dtype), (self.scale * self.B).to(dtype))

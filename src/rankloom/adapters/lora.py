@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rankloom.adapters.base import Adapter, AdapterPart, Dtype, adapter_dtype
 from rankloom.errors import RecipeError, TargetError, near_names
-from rankloom.kernels import lowrank_linear
+from rankloom.kernels import Linear, lowrank_linears
 from rankloom.parts import part
 from rankloom.targets import Layer, LinearLayer, Target, matches
 
@@ -35,6 +35,7 @@ class LowRankAdapter(Adapter):
     """
 
     roles: ClassVar[dict[str, str]] = {"A": "A", "B": "B", "E": "core"}
+    shares_input: ClassVar[bool] = True
     mask: Tensor
 
     def __init__(
@@ -59,13 +60,20 @@ class LowRankAdapter(Adapter):
     def delta(self, base: Layer) -> Tensor:
         return (self.scale * self.B) @ self.rows()
 
+    def fuses(self, x: Tensor, base: Layer) -> bool:
+        """Whether this call can run as a fused kernel."""
+        return not (self.dropout > 0 and self.training) and fusable(x, base)
+
+    def linear(self, base: Layer) -> Linear:
+        """What the fused kernel needs."""
+        return Linear(base.weight(), base.bias(), self.rows(), self.B, self.scale)
+
     def forward(self, x: Tensor, base: Layer) -> Tensor:
-        dropped = self.dropout > 0 and self.training
-        if not dropped and fusable(x, base):
-            return lowrank_linear(x, base.weight(), base.bias(), self.rows(), self.B, self.scale)
+        if self.fuses(x, base):
+            return lowrank_linears(x, [self.linear(base)])[0]
         dtype = x.dtype if x.is_floating_point() else base.dtype
         y = base(x)
-        inner = dropout(x, self.dropout) if dropped else x
+        inner = dropout(x, self.dropout) if self.training and self.dropout else x
         return y + base.lowrank(inner, self.rows().to(dtype), (self.scale * self.B).to(dtype)).to(y.dtype)
 
 

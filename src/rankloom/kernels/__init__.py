@@ -1,6 +1,6 @@
 """The low-rank linear and its relatives as autograd functions."""
 
 from rankloom.kernels.dora import dora_linear
-from rankloom.kernels.lowrank import lowrank_linear
+from rankloom.kernels.lowrank import Linear, lowrank_linear, lowrank_linears
 
-__all__ = ["dora_linear", "lowrank_linear"]
+__all__ = ["Linear", "dora_linear", "lowrank_linear", "lowrank_linears"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rankloom.kernels.lowrank import backward_products, forward_product
+from rankloom.kernels.lowrank import Linear, products_backward, products_forward
 
 __all__ = ["dora_linear"]
 
@@ -26,41 +26,30 @@ class _DoRALinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gain: Tensor, scale: float
     ) -> Tensor:
         gained = gain.to(x.dtype)
-        out = forward_product(x, weight, bias, a.to(x.dtype), b.to(x.dtype), scale).mul_(gained)
+        (out,), hidden = products_forward(x, [Linear(weight, bias, a, b, scale)])
+        out.mul_(gained)
         if bias is not None:
             # (1 - g) * bias is exactly zero at g = 1: step 0 is bit-identical to the frozen layer, which fuses its bias.
             out.add_((1 - gained) * bias)
-        ctx.save_for_backward(x, weight, bias, a, b, gain, out)
+        ctx.save_for_backward(x, weight, bias, a, b, gain, out, hidden)
         ctx.scale = scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, a, b, gain, out = ctx.saved_tensors
-        dtype, grad = x.dtype, grad.reshape(-1, grad.shape[-1])
-        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4])
-        a_, b_ = a.to(dtype), b.to(dtype)
+        x, weight, bias, a, b, gain, out, hidden = ctx.saved_tensors
+        linear, grad = Linear(weight, None, a, b, ctx.scale), grad.reshape(-1, grad.shape[-1])
         grad_gain = None
         if ctx.needs_input_grad[5]:
             if bool((gain.abs() > 1e-6).all()):
                 y = out.view(-1, out.shape[-1])
                 grad_gain = _column_dots(grad, y if bias is None else y - bias, gain.dtype) / gain
             else:
-                grad_gain = _column_dots(
-                    grad, forward_product(x, weight, None, a_, b_, ctx.scale).view_as(grad), gain.dtype
-                )
-        products = backward_products(grad * gain.to(dtype), x, weight, a_, b_, ctx.scale, needs)
-        grad_x, grad_a, grad_b = products
-        return (
-            grad_x,
-            None,
-            None,
-            None if grad_a is None else grad_a.to(a.dtype),
-            None if grad_b is None else grad_b.to(b.dtype),
-            grad_gain,
-            None,
-        )
+                grad_gain = _column_dots(grad, products_forward(x, [linear])[0][0].view_as(grad), gain.dtype)
+        scaled = grad * gain.to(x.dtype)
+        grad_x, (grad_a,), (grad_b,) = products_backward([scaled], x, hidden, [linear], ctx.needs_input_grad[0])
+        return grad_x, None, None, grad_a, grad_b, grad_gain, None
 
 
 def _column_dots(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
