@@ -1,8 +1,8 @@
 """rankloom: every published low-rank method as a composition of a few orthogonal parts.
 
 >>> import rankloom
->>> print(rankloom.methods.get("lora").expand().splitlines()[1])
-adapter    lora()  # ``y = x (W + s B A)^T + b`` with ``s = alpha / r`` (``standard``) or ``alpha / sqrt(r)`` (``rslora``).
+>>> print(rankloom.methods.get("rslora").expand().splitlines()[1][:30])
+adapter    lora(scaling='rslor
 """
 
 from rankloom import methods

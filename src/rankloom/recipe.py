@@ -149,7 +149,7 @@ def _line(part: Part) -> str:
         for f in dataclasses.fields(part)
         if getattr(part, f.name) != getattr(defaults, f.name)
     ]
-    summary = (type(part).__doc__ or "").strip().split("\n")[0]
+    summary = (type(part).__doc__ or "").strip().split("\n")[0].replace("``", "").rstrip(".,:;")
     return f"{part.kind}({', '.join(changed)})  # {summary}"
 
 
