@@ -14,7 +14,7 @@ __all__ = ["command"]
 
 def command(
     output: Annotated[str, typer.Option(help="Folder for adapters, figure, table and PEFT export.")] = "demo-out",
-    seeds: Annotated[int, typer.Option(min=1, help="Repeat the chosen learning rates with this many seeds.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds for the first quarter of the chosen runs.")] = 3,
     steps: Annotated[int | None, typer.Option(min=4, help="Of each run, instead of what fits this machine.")] = None,
     json: options.Json = False,
 ) -> None:

@@ -2,7 +2,8 @@
 
 Both methods get the same targets, rank (so the same number of parameters), steps, data order and learning rates; each
 learning rate is one complete run, the best is chosen on validation rows, and accuracy is reported on test rows that
-nothing was chosen on. The number of steps follows from the measured speed of this machine, so that it ends in time.
+nothing was chosen on. The first quarter of the chosen runs is repeated with other seeds, because that is where the two
+differ. The number of steps follows from the measured speed of this machine, so that it ends in time.
 """
 
 from __future__ import annotations
@@ -32,14 +33,15 @@ __all__ = ["run_demo"]
 
 METHODS = ("lora", "lora-one")
 TITLES = {"lora": "LoRA", "lora-one": "LoRA-One"}
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+LEARNING_RATES = (2e-4, 6e-4, 2e-3)
 SENTENCES = (
-    "A warm, funny and beautifully acted film that I did not want to end.",
-    "Two hours of my life that no amount of popcorn could make up for.",
-    "It is hardly a masterpiece, yet I caught myself smiling all the way home.",
+    "A warm, funny and beautifully acted film.",
+    "Two hours of tedium that no amount of popcorn can save.",
+    "It is no masterpiece, but it is charming from start to finish.",
 )
-# Seconds of training that leave room for set-up, evaluation and a slower second half in a quarter of an hour.
-_TRAINING_BUDGET = 300.0
+# Seconds of search that leave room for set-up, repeats and final figures in a quarter of an hour.
+_SEARCH_BUDGET = 400.0
+_MOST_STEPS, _FEWEST_STEPS = 24, 8
 
 
 @dataclass
@@ -77,6 +79,7 @@ class Report:
     base: dict[str, float]
     trials: list[Trial] = field(default_factory=list)
     best: dict[str, Trial] = field(default_factory=dict)
+    quarters: dict[str, list[float]] = field(default_factory=dict)
     test: dict[str, dict[str, float]] = field(default_factory=dict)
     sentences: list[dict[str, Any]] = field(default_factory=list)
     export: dict[str, Any] = field(default_factory=dict)
@@ -102,7 +105,7 @@ class Clock:
 def run_demo(
     output: str | Path,
     *,
-    seeds: int = 1,
+    seeds: int = 3,
     steps: int | None = None,
     model: str = "smollm2-135m",
     data: str = "movie-reviews",
@@ -111,7 +114,7 @@ def run_demo(
 
     Args:
         output: a folder of its own; a demo that is there already is replaced.
-        seeds: repeat the chosen learning rates with this many seeds in all.
+        seeds: run the first quarter of the chosen runs with this many seeds in all.
         steps: of each run, instead of the number that fits this machine.
         model: another causal language model.
         data: another dataset with prompts and a few distinct completions.
@@ -124,14 +127,19 @@ def run_demo(
     if not prepared.choices:
         raise RankloomError(f"the demo needs data with a few distinct completions; '{data}' has none or too many")
     test = _test_examples(prepared, say)
-    count = steps or _fitting_steps(_step_seconds(prepared, config))
-    report = Report(count, dtype, torch.get_num_threads(), score(prepared, config))
+    step_seconds, started = _step_seconds(prepared, config), time.perf_counter()
+    base = score(prepared, config)
+    count = steps or _fitting_steps(step_seconds, time.perf_counter() - started)
+    report = Report(count, dtype, torch.get_num_threads(), base)
     report.test["base"] = score(prepared, config, test)
     say(f"before training: accuracy {report.test['base']['accuracy']:.1%} on {len(test)} test sentences")
     best = _search(prepared, config, count, folder, report, say)
+    _add_starts(report)
+    report.quarters = {method: [report.best[method].quarter] for method in METHODS}
     for seed in range(1, seeds):
         for method in METHODS:
-            _trial(prepared, config, method, report.best[method].lr, seed, count, folder, report, say)
+            trial, _ = _trial(prepared, config, method, report.best[method].lr, seed, count, folder, say, quarter=True)
+            report.quarters[method].append(trial.final)
     report.sentences = [{"text": text, "base": _chances(prepared, text)} for text in SENTENCES]
     for method in METHODS:
         best[method].attach()
@@ -187,7 +195,6 @@ def _config(model: str, data: str, dtype: str) -> TrainConfig:
         warmup=0.05,
         eval_samples=200,
         eval_batch_size=10,
-        eval_first=True,
         calibration_samples=6,
         save_every=10**6,
         keep=1,
@@ -218,10 +225,11 @@ def _step_seconds(prepared: Prepared, config: TrainConfig) -> float:
     return seconds
 
 
-def _fitting_steps(seconds: float) -> int:
-    """Steps a run so that all runs together fit the budget: a multiple of 4, from 12 to 48."""
-    runs = len(METHODS) * len(LEARNING_RATES)
-    return int(min(48, max(12, _TRAINING_BUDGET / runs / seconds)) // 4 * 4)
+def _fitting_steps(step: float, evaluation: float) -> int:
+    """Steps a run, a multiple of 4, so that all runs of the search with their four evaluations fit the budget."""
+    each = _SEARCH_BUDGET / (len(METHODS) * len(LEARNING_RATES))
+    fitting = int((each - 4 * evaluation) / step) // 4 * 4
+    return max(_FEWEST_STEPS, min(_MOST_STEPS, fitting))
 
 
 def _search(
@@ -232,10 +240,19 @@ def _search(
     best: dict[str, Adaptation] = {}
     for method in METHODS:
         for lr in LEARNING_RATES:
-            trial, adaptation = _trial(prepared, config, method, lr, 0, steps, folder, report, say)
+            trial, adaptation = _trial(prepared, config, method, lr, 0, steps, folder, say)
+            report.trials.append(trial)
             if method not in best or trial.final < report.best[method].final:
                 report.best[method], best[method] = trial, adaptation
     return best
+
+
+def _add_starts(report: Report) -> None:
+    """Give every curve its step 0, which is measured once: it does not depend on the learning rate."""
+    starts = {"lora": report.base["loss"]}
+    starts |= {trial.method: trial.curve[0] for trial in report.trials if 0 in trial.curve}
+    for trial in report.trials:
+        trial.curve = {0: starts[trial.method], **trial.curve}
 
 
 def _trial(
@@ -246,16 +263,19 @@ def _trial(
     seed: int,
     steps: int,
     folder: Path,
-    report: Report,
     say: Clock,
+    quarter: bool = False,
 ) -> tuple[Trial, Adaptation]:
-    """One complete run; the adapter is detached again, so that the next starts from the same model."""
+    """One run (or its first quarter); the adapter is detached again, so that the next starts from the same model."""
     name = f"{method}-lr{lr:g}-seed{seed}"
-    say(f"{TITLES[method]}, learning rate {lr:g}, seed {seed}: run {len(report.trials) + 1}")
-    settings = {"method": method, "lr": lr, "seed": seed, "steps": steps, "eval_every": max(1, steps // 4)}
+    say(f"{TITLES[method]}, learning rate {lr:g}, seed {seed}" + (", first quarter" if quarter else ""))
+    settings = {"method": method, "lr": lr, "seed": seed, "steps": steps, "eval_every": steps // 4}
+    # What a run starts from: LoRA at the base model, LoRA-One in the same place for every learning rate.
+    settings["eval_first"] = method == "lora-one" and lr == LEARNING_RATES[0] and not quarter
     output = folder / "runs" / name
     output.mkdir(parents=True)
-    result, adaptation = train_prepared(config.model_copy(update=settings), prepared, output=output)
+    stop = steps // 4 if quarter else None
+    result, adaptation = train_prepared(config.model_copy(update=settings), prepared, output=output, stop_after=stop)
     adaptation.detach()
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     curve = {line["step"]: line["loss"] for line in lines if line["event"] == "eval"}
@@ -270,7 +290,6 @@ def _trial(
         trainable=result.trainable,
         folder=str(output),
     )
-    report.trials.append(trial)
     return trial, adaptation
 
 
@@ -350,13 +369,14 @@ def summary_lines(report: Report) -> list[str]:
 
 def _verdict(report: Report) -> list[str]:
     """What the comparison shows and how sure it is: the quarter-way losses, over seeds where there are several."""
-    losses = {m: [t.quarter for t in report.trials if t.method == m and t.lr == report.best[m].lr] for m in METHODS}
+    losses = report.quarters
     means = {method: sum(values) / len(values) for method, values in losses.items()}
     word = "at or below" if means["lora-one"] <= means["lora"] else "above"
     count = len(losses["lora"])
+    each = "; ".join(f"{TITLES[m]} {', '.join(f'{v:.3f}' for v in losses[m])}" for m in METHODS)
     lines = [
-        f"after a quarter of the steps LoRA-One's validation loss is {word} LoRA's: {means['lora-one']:.3f} and "
-        f"{means['lora']:.3f} ({count} seed{'s' if count > 1 else ''})"
+        f"after a quarter of the steps LoRA-One's validation loss is {word} LoRA's: {means['lora-one']:.3f} against "
+        f"{means['lora']:.3f}, mean of {count} seed{'s' if count > 1 else ''} ({each})"
     ]
     size = int(report.test["base"]["examples"])
     error = (0.12 / size) ** 0.5  # sqrt(p (1 - p) / n) near p = 0.86

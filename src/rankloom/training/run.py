@@ -69,29 +69,34 @@ def train_prepared(
     *,
     output: Path,
     checkpoint: Path | None = None,
+    stop_after: int | None = None,
     say: Callable[[str], None] = say_to_stderr,
     live: bool | None = None,
 ) -> tuple[RunResult, Adaptation]:
-    """The part of `train` after loading: attach, train, score, save. The adapter stays attached."""
+    """The part of `train` after loading: attach, train, score, save. The adapter stays attached.
+
+    ``stop_after`` ends the run at that step, on the schedule of the whole run: the start of a run, as it would be.
+    """
     started = time.perf_counter()
     collate = Collator(prepared.collate.pad_id, packed=config.packing)
     adaptation = _attach(config, prepared, collate, checkpoint)
     say(adaptation.summary())
     steps = _total_steps(config, len(prepared.train))
+    end = min(steps, stop_after or steps)
     metrics = MetricsFile(output / _METRICS, _step_of(checkpoint), writes=is_main())
     if config.eval_first and checkpoint is None:
         metrics.write(event="eval", step=0, **score(prepared, config))
     figures = None
-    if _step_of(checkpoint) < steps:
-        figures = _fit(config, prepared, adaptation, collate, steps, output, checkpoint, metrics, say, live)
+    if _step_of(checkpoint) < end:
+        figures = _fit(config, prepared, adaptation, collate, (steps, end), output, checkpoint, metrics, say, live)
     if figures is None:
         figures = score(prepared, config)
-        metrics.write_once(event="eval", step=steps, **figures)
-        say(f"validation after {steps} steps: " + ", ".join(f"{k} {v:,.4g}" for k, v in figures.items()))
+        metrics.write_once(event="eval", step=end, **figures)
+        say(f"validation after {end} steps: " + ", ".join(f"{k} {v:,.4g}" for k, v in figures.items()))
     result = RunResult(
         output=str(output),
         adapter=str(output / "adapter"),
-        steps=steps,
+        steps=end,
         metrics=figures,
         seconds=round(time.perf_counter() - started, 2),
         peak_memory_mb=round(peak_memory_mb(), 1),
@@ -110,19 +115,23 @@ def _fit(
     prepared: Prepared,
     adaptation: Adaptation,
     collate: Collator,
-    steps: int,
+    extent: tuple[int, int],
     output: Path,
     checkpoint: Path | None,
     metrics: MetricsFile,
     say: Callable[[str], None],
     live: bool | None,
 ) -> dict[str, float] | None:
-    """Run the loop; returns the figures of an evaluation at the very last step, if one was due there."""
+    """Run the loop; returns the figures of an evaluation at the very last step, if one was due there.
+
+    ``extent``: the steps that the schedule is planned for, and the one to end at.
+    """
     from rankloom.training.trainer import AdaptationTrainer, Stop, stop_on_signal
 
-    stop = Stop()
+    steps, end = extent
+    stop = Stop(after=end)
     display = Display(
-        config.method if config.recipe is None else "training", steps, live=live if is_main() else False, say=say
+        config.method if config.recipe is None else "training", end, live=live if is_main() else False, say=say
     )
     trainer = AdaptationTrainer(
         adaptation,
@@ -145,12 +154,12 @@ def _fit(
         raise GradientError(f"{error}; {kept}") from error
     finally:
         display.stop()
-    if stop.requested and trainer.state.global_step < steps:
+    if stop.requested and trainer.state.global_step < end:
         raise Interrupted(
             f"stopped by {stop.requested} after step {trainer.state.global_step} of {steps}; continue with: "
             f"rankloom train {output / _CONFIG} resume=true"
         )
-    return trainer.scored[1] if trainer.scored and trainer.scored[0] == steps else None
+    return trainer.scored[1] if trainer.scored and trainer.scored[0] == end else None
 
 
 def _attach(config: TrainConfig, prepared: Prepared, collate: Collator, checkpoint: Path | None) -> Adaptation:

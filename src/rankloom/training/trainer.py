@@ -34,8 +34,9 @@ _STATE = "state.pt"
 
 @dataclass
 class Stop:
-    """Set by a signal; the trainer looks at it after every optimizer step."""
+    """When to end: a signal sets ``requested``; the trainer looks at both after every optimizer step."""
 
+    after: int
     requested: str = ""
 
 
@@ -264,7 +265,7 @@ class _Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         """An optimizer step is done."""
         self.trainer.display.step(state.global_step)
-        if self.stop.requested:
+        if self.stop.requested or state.global_step >= self.stop.after:
             control.should_save = True
             control.should_training_stop = True
         return control
