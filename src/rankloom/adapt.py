@@ -27,7 +27,7 @@ from rankloom.errors import ArtifactError, CompositionError, RankloomError
 from rankloom.events import Schedule
 from rankloom.init import InitContext
 from rankloom.recipe import Recipe
-from rankloom.targets import Target, find_targets, whole_parameters
+from rankloom.targets import Target, whole_parameters
 
 __all__ = ["Adaptation", "adapt", "load"]
 
@@ -40,10 +40,10 @@ class Adaptation:
 
     def __init__(self, model: nn.Module, recipe: Recipe, seed: int = 0) -> None:
         refuse_attached(model)
-        recipe.check(model)
+        targets = recipe.check(model)
         self.model, self.recipe, self.seed = model, recipe, seed
         self.report: dict[str, Any] = {}
-        self.bindings = [Binding(t, recipe.adapter.build(t)) for t in find_targets(model, recipe.targets)]
+        self.bindings = [Binding(target, recipe.adapter.build(target)) for target in targets]
         self._whole = whole_parameters(model, recipe.targets, self.targets)
         self._flags = {p: p.requires_grad for p in model.parameters()}
         self._trained: dict[str, nn.Parameter] = {}

@@ -21,7 +21,7 @@ from rankloom.optim import AdamW, OptimizerPart
 from rankloom.parts import SLOTS, Part, kinds, part_from_dict
 from rankloom.rank import Fixed, RankPart
 from rankloom.routing import Single
-from rankloom.targets import Targets, find_targets, whole_parameters
+from rankloom.targets import Target, Targets, find_targets, whole_parameters
 
 __all__ = ["Recipe"]
 
@@ -43,8 +43,11 @@ class Recipe:
         """The parts by slot."""
         return {slot: getattr(self, slot) for slot in SLOTS}
 
-    def check(self, model: nn.Module | None = None) -> None:
+    def check(self, model: nn.Module | None = None) -> list[Target]:
         """Raise before anything is allocated where the parts cannot work together, or on ``model``.
+
+        Returns:
+            The weights of ``model`` that would be adapted; empty without a model.
 
         Raises:
             CompositionError: a part needs what no other part offers; names both and what would work instead.
@@ -56,12 +59,14 @@ class Recipe:
             for need in sorted(part.needs):
                 if not any(need in other.offers for other in self.parts().values()):
                     raise CompositionError(self._impossible(slot, part, need))
-        if model is not None:
-            targets = find_targets(model, self.targets)
-            if not targets and not whole_parameters(model, self.targets, targets):
-                raise CompositionError("the recipe adapts nothing on this model: give targets.modules or targets.train")
-            self.adapter.check_on(targets)
-            self.optimizer.check_on(targets)
+        if model is None:
+            return []
+        targets = find_targets(model, self.targets)
+        if not targets and not whole_parameters(model, self.targets, targets):
+            raise CompositionError("the recipe adapts nothing on this model: give targets.modules or targets.train")
+        self.adapter.check_on(targets)
+        self.optimizer.check_on(targets)
+        return targets
 
     def _impossible(self, slot: str, part: Part, need: str) -> str:
         instead = [f"{s} {hint!r}" for s in SLOTS for hint in _offering(s, need)]

@@ -351,7 +351,7 @@ def find_targets(model: nn.Module, settings: Targets) -> list[Target]:
         TargetError: a pattern that matches nothing (with near names), a module that cannot be adapted, overlapping
             slices, a tied weight without a declared policy, or nothing left to adapt.
     """
-    layers = {name: module for name, module in model.named_modules() if layer_of(module) is not None}
+    layers = {name: layer for name, module in model.named_modules() if (layer := layer_of(module)) is not None}
     chosen = _chosen_slices(model, settings, layers)
     for pattern in settings.exclude:
         for name in _select(pattern, list(layers), "exclude"):
@@ -361,15 +361,15 @@ def find_targets(model: nn.Module, settings: Targets) -> list[Target]:
     return targets
 
 
-def _chosen_slices(model: nn.Module, settings: Targets, layers: dict[str, nn.Module]) -> dict[str, list[str | None]]:
+def _chosen_slices(model: nn.Module, settings: Targets, layers: dict[str, Layer]) -> dict[str, list[str | None]]:
     """Chosen modules with the slices asked of each, None for the whole of it."""
     if settings.modules == "all-linear":
         skipped = _heads(model)
         whole = set() if "*" in settings.train else _trained_modules(model, settings.train)
         return {
             name: [None]
-            for name, module in layers.items()
-            if not isinstance(module, nn.Embedding | nn.Conv2d) and id(module) not in skipped and name not in whole
+            for name, layer in layers.items()
+            if isinstance(layer, LinearLayer | Conv1DLayer) and id(layer.module) not in skipped and name not in whole
         }
     patterns = (settings.modules,) if isinstance(settings.modules, str) else settings.modules
     chosen: dict[str, list[str | None]] = {}
@@ -391,8 +391,7 @@ def _trained_modules(model: nn.Module, patterns: tuple[str, ...]) -> set[str]:
     return {name for pattern in patterns for name in names if matches(pattern, name)}
 
 
-def _targets_of(name: str, module: nn.Module, slices: list[str | None], model: nn.Module) -> Iterator[Target]:
-    whole = cast(Layer, layer_of(module))
+def _targets_of(name: str, whole: Layer, slices: list[str | None], model: nn.Module) -> Iterator[Target]:
     specs = [spec for spec in slices if spec is not None]
     if not specs:
         yield Target(name, whole, name)
@@ -400,13 +399,13 @@ def _targets_of(name: str, module: nn.Module, slices: list[str | None], model: n
     if len(specs) < len(slices):
         raise TargetError(f"{name} is chosen whole and by slice [{specs[0]}]: drop one of the two patterns")
     if not isinstance(whole, LinearLayer | Conv1DLayer):
-        raise TargetError(f"{name} is a {type(module).__name__}: only fused linear projections can be sliced")
+        raise TargetError(f"{name} is a {type(whole.module).__name__}: only fused linear projections can be sliced")
     ranges = sorted({_rows(spec, name, whole.out_features, getattr(model, "config", None)) for spec in specs})
     for (_, stop), (start, _) in pairwise(ranges):
         if start < stop:
             raise TargetError(f"slices of {name} overlap: {ranges}")
     for start, stop in ranges:
-        yield Target(f"{name}[{start}:{stop}]", cast(Layer, layer_of(module, (start, stop))), name)
+        yield Target(f"{name}[{start}:{stop}]", type(whole)(whole.module, (start, stop)), name)
 
 
 def _resolve_ties(model: nn.Module, targets: list[Target], settings: Targets) -> None:

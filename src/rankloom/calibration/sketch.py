@@ -93,32 +93,37 @@ class Sketch:
             self.left, self.right = orthonormal(image), orthonormal(coimage)
         else:
             u, s, v = two_sided_svd(self.left, self.right, image, coimage, self.width)
-            self._record(u, s, v)
+            self._record(u, s, v, proven=min(_energy(image, self.rank), _energy(coimage, self.rank)))
             self.left, self.right = u.contiguous(), v.contiguous()
         self.image = self.coimage = self._left = self._right = torch.empty(0)
 
-    def _record(self, u: Tensor, s: Tensor, v: Tensor) -> None:
+    def _record(self, u: Tensor, s: Tensor, v: Tensor, proven: float) -> None:
         energy = float(s[: self.rank].square().sum())
         self.energies.append(energy)
         explained = min(1.0, energy / self.frobenius2) if self.frobenius2 else 1.0
-        self.result = GradientSVD(u, s, v, self._captured(s), explained, self.passes)
+        self.result = GradientSVD(u, s, v, self._captured(s, proven), explained, self.passes)
 
-    def _captured(self, s: Tensor) -> float:
+    def _captured(self, s: Tensor, proven: float) -> float:
         """Energy found over energy expected at convergence.
 
         Both subspaces gain a power of ``G`` a pass, so what is missing shrinks by about ``(s_k / s_r)^4`` (k the width) and
-        the last gain continues as a geometric series. The ratio is taken as 0.1 at least: the sketch's own tail, not yet
-        converged, makes it look smaller than it is. One energy has no gain to continue: not known yet, reported as 0.
+        the last gain continues as a geometric series. The gain is counted from the last estimate or from ``proven``, the
+        energy the previous subspaces are now seen to hold, whichever is the more cautious; the ratio is taken as 0.1 at
+        least, since the sketch's own tail, not yet converged, makes it look smaller than it is. One energy has no gain to
+        continue: not known yet, reported as 0.
         """
-        if self.width == min(self.layer.out_features, self.layer.in_features):
-            return 1.0  # a basis spans its whole space
-        if self.energies[-1] == 0:
-            return 1.0
+        energy = self.energies[-1]
+        if energy == 0 or self.width == min(self.layer.out_features, self.layer.in_features):
+            return 1.0  # nothing to capture, or a basis that spans its whole space
         if len(self.energies) < 2:
             return 0.0
-        gain = abs(self.energies[-1] - self.energies[-2])  # an estimate may overshoot on its way
+        gain = max(abs(energy - self.energies[-2]), abs(energy - proven))
         ratio = min(0.9, max(0.1, float(s[-1] / s[self.rank - 1]) ** 4))
-        return self.energies[-1] / (self.energies[-1] + gain * ratio / (1 - ratio))
+        return energy / (energy + gain * ratio / (1 - ratio))
+
+
+def _energy(product: Tensor, rank: int) -> float:
+    return float(product[:, :rank].square().sum())
 
 
 def _transposed(layer: Layer, x: Tensor, thin: Tensor, grad: Tensor) -> Tensor:

@@ -79,7 +79,8 @@ class _LowRankLinears(torch.autograd.Function):
 
     The scale acts in rank space and the low-rank products accumulate into results the frozen layers make anyway, so no
     (tokens, out) or (tokens, in) temporary is added. Saved: ``x``, which ``dA`` cannot do without, references to the
-    parameters, and ``A x^T``: r/in of ``x``'s size, whose recomputation would read all of ``x`` again. Wider factors are brought to ``x``'s dtype here: one node in the graph, whatever the number of casts.
+    parameters, and ``A x^T``, which is r/in of ``x``'s size and would take another reading of all of ``x`` to form again.
+    Wider factors are brought to ``x``'s dtype here: one node in the graph, whatever the number of casts.
     """
 
     @staticmethod
