@@ -57,13 +57,14 @@ def interleaved(variants: dict[str, Callable[[], Any]], repeats: int, warmup: in
 
 
 def ratios(times: dict[str, list[float]], reference: str) -> dict[str, dict[str, float]]:
-    """Median CPU seconds, and the median and quartiles of the ratio to the reference in the same round."""
+    """Median CPU seconds, and ratios to the reference: of the medians, of the fastest rounds, and quartiles round by round."""
     table = {}
     for name, values in times.items():
         ratio = sorted(v / r for v, r in zip(values, times[reference], strict=True))
         table[name] = {
             "seconds": statistics.median(values),
             "ratio": statistics.median(values) / statistics.median(times[reference]),
+            "ratio_fastest": min(values) / min(times[reference]),
             "ratio_low": ratio[len(ratio) // 4],
             "ratio_high": ratio[-1 - len(ratio) // 4],
         }
