@@ -81,6 +81,15 @@ def test_events_come_in_order_and_once_a_step(monkeypatch: pytest.MonkeyPatch) -
     assert [e for e, _ in spy.log[11:]] == ["on_task_end", "on_export"]
 
 
+def test_forward_events_stop_while_detached(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle, spy, _ = spied(monkeypatch)
+    handle.detach().train()(**zoo.batch("convnet"))
+    assert spy.log == []
+    handle.attach()
+    handle.model.train()(**zoo.batch("convnet"))
+    assert spy.log == [("before_forward", 0)]
+
+
 def test_extra_losses_add_their_gradient_once(monkeypatch: pytest.MonkeyPatch) -> None:
     handle, spy, optimizer = spied(monkeypatch)
     for _ in range(3):

@@ -73,12 +73,15 @@ class Adaptation:
             swap_parameters(self.model, original, self._trained[name])
         attach_modules(self.model, self.bindings)
         self.attached = True
+        self._watch_forward()
 
     def detach(self) -> nn.Module:
         """Give the model back as it was: the same module and parameter objects, bit for bit. The adapters stay here."""
         if self._merged is not None:
             self.unmerge()
         if self.attached:
+            if self._hook is not None:
+                self._hook.remove()
             detach_modules(self.bindings)
             for name, original in self._whole.items():
                 swap_parameters(self.model, self._trained[name], original)
@@ -154,11 +157,16 @@ class Adaptation:
         self._driver = Driver(self.trainables(), schedules, max_grad_norm, allow_unused)
         self._optimizer = self.recipe.optimizer.build(self.trainables(), lr, weight_decay)
         self._driver.attach(self._optimizer)
+        self._watch_forward()
+        return self._optimizer
+
+    def _watch_forward(self) -> None:
+        """Raise ``before_forward`` from the model's own forward pass, where a schedule listens to it."""
         if self._hook is not None:
             self._hook.remove()
-        if any(type(s).before_forward is not Schedule.before_forward for s in schedules):
-            self._hook = self.model.register_forward_pre_hook(self._driver.before_forward)
-        return self._optimizer
+        schedules = self._driver.schedules if self._driver is not None else []
+        if any(type(schedule).before_forward is not Schedule.before_forward for schedule in schedules):
+            self._hook = self.model.register_forward_pre_hook(self.driver.before_forward)
 
     @property
     def driver(self) -> Driver:
