@@ -127,6 +127,7 @@ def run_demo(
     if not prepared.choices:
         raise RankloomError(f"the demo needs data with a few distinct completions; '{data}' has none or too many")
     test = _test_examples(prepared, say)
+    say("timing a step and scoring the untrained model (a minute on two quiet cores)")
     step_seconds, started = _step_seconds(prepared, config), time.perf_counter()
     base = score(prepared, config)
     count = steps or _fitting_steps(step_seconds, time.perf_counter() - started)
