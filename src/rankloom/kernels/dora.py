@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rankloom.kernels.lowrank import Linear, products_backward, products_forward
+from rankloom.kernels.lowrank import Linear, Operands, products_backward, products_forward
 
 __all__ = ["dora_linear"]
 
@@ -26,35 +26,40 @@ class _DoRALinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gain: Tensor, scale: float
     ) -> Tensor:
         gained = gain.to(x.dtype)
-        (out,), hidden = products_forward(x, [Linear(weight, bias, a, b, scale)])
+        (out,), hidden, operands = products_forward(x, [Linear(weight, bias, a, b, scale)])
         out.mul_(gained)
         if bias is not None:
             # (1 - g) * bias is exactly zero at g = 1: step 0 is bit-identical to the frozen layer, which fuses its bias.
             out.add_((1 - gained) * bias)
-        ctx.save_for_backward(x, weight, bias, a, b, gain, out, hidden)
+        ctx.save_for_backward(x, weight, bias, a, b, gain, out, hidden, operands.rows, *operands.columns)
         ctx.scale = scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, a, b, gain, out, hidden = ctx.saved_tensors
-        linear, grad = Linear(weight, None, a, b, ctx.scale), grad.reshape(-1, grad.shape[-1])
+        x, weight, bias, a, b, gain, out, hidden, rows, column = ctx.saved_tensors
+        operands = Operands((weight,), rows, (column,), (ctx.scale,), a.dtype)
+        grad = grad.reshape(-1, grad.shape[-1])
         grad_gain = None
         if ctx.needs_input_grad[5]:
             if bool((gain.abs() > 1e-6).all()):
                 y = out.view(-1, out.shape[-1])
                 grad_gain = _column_dots(grad, y if bias is None else y - bias, gain.dtype) / gain
             else:
-                grad_gain = _column_dots(grad, products_forward(x, [linear])[0][0].view_as(grad), gain.dtype)
+                (u,), *_ = products_forward(x, [Linear(weight, None, a, b, ctx.scale)])
+                grad_gain = _column_dots(grad, u.view_as(grad), gain.dtype)
         scaled = grad * gain.to(x.dtype)
-        grad_x, (grad_a,), (grad_b,) = products_backward([scaled], x, hidden, [linear], ctx.needs_input_grad[0])
-        return grad_x, None, None, grad_a, grad_b, grad_gain, None
+        needs_x, trains_a, trains_b = (ctx.needs_input_grad[i] for i in (0, 3, 4))
+        grad_x, (grad_a,), (grad_b,) = products_backward(
+            [scaled], x if trains_a else None, hidden if trains_b else None, operands, needs_x
+        )
+        return None if grad_x is None else grad_x.view(x.shape), None, None, grad_a, grad_b, grad_gain, None
 
 
 def _column_dots(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """Dot products of matching columns (tokens, n) -> (n,), summed in ``dtype``."""
-    return torch.sum(left * right, 0, dtype=dtype)
+    """Dot products of matching columns (tokens, n) -> (n,) in ``dtype``."""
+    return torch.sum(left * right, 0).to(dtype)  # sums of halves accumulate in float32 by themselves
 
 
 def dora_linear(

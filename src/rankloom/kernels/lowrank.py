@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Linear", "lowrank_linear", "lowrank_linears", "products_backward", "products_forward"]
+__all__ = ["Linear", "Operands", "lowrank_linear", "lowrank_linears", "products_backward", "products_forward"]
 
 
 class Linear(NamedTuple):
@@ -27,79 +27,97 @@ class Linear(NamedTuple):
     scale: float
 
 
-def _stacked(linears: Sequence[Linear], dtype: torch.dtype) -> Tensor:
-    """All ``a`` on top of each other (sum of ranks, in), in the dtype the products run in."""
-    rows = [linear.a.to(dtype) for linear in linears]
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
+class Operands(NamedTuple):
+    """What the products take, in the input's dtype: ``rows`` are all ``a`` on top of each other, ``columns`` every ``s b``."""
+
+    weights: tuple[Tensor, ...]
+    rows: Tensor
+    columns: tuple[Tensor, ...]
+    scales: tuple[float, ...]
+    dtype: torch.dtype
+    """Of the factors themselves, and of their gradients."""
+
+    @property
+    def ranks(self) -> list[int]:
+        """The rank of each linear."""
+        return [column.shape[1] for column in self.columns]
 
 
-def products_forward(x: Tensor, linears: Sequence[Linear]) -> tuple[list[Tensor], Tensor]:
-    """Every linear's output, the low-rank term accumulated into the frozen layer's own result, and ``A x^T`` of all.
+def products_forward(x: Tensor, linears: Sequence[Linear]) -> tuple[list[Tensor], Tensor, Operands]:
+    """Every linear's output, the low-rank term accumulated into the frozen layer's own result; ``A x^T`` of all; operands.
 
     Rank-space tensors are kept as (r, tokens): the thin products then run along the contiguous side of every operand.
     """
+    weights, biases, above, beside, scales = zip(*linears, strict=True)
     # The very call the frozen layer makes comes first, so a zero update leaves every bit alone.
-    outs = [F.linear(x, linear.weight, linear.bias) for linear in linears]
-    hidden = torch.mm(_stacked(linears, x.dtype), x.reshape(-1, x.shape[-1]).mT)
-    for out, linear, part in zip(outs, linears, hidden.split([len(linear.a) for linear in linears]), strict=True):
-        out.view(-1, out.shape[-1]).mT.addmm_(linear.b.to(x.dtype), part, alpha=linear.scale)
-    return outs, hidden
+    outs = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    rows = above[0] if len(above) == 1 else torch.cat(above)
+    columns = tuple((b * scale).to(x.dtype) for b, scale in zip(beside, scales, strict=True))
+    operands = Operands(weights, rows.to(x.dtype), columns, scales, rows.dtype)
+    hidden = torch.mm(operands.rows, x.reshape(-1, x.shape[-1]).mT)
+    for out, column, part in zip(outs, columns, hidden.split(operands.ranks), strict=True):
+        out.view(-1, out.shape[-1]).addmm_(part.mT, column.mT)
+    return outs, hidden, operands
 
 
 def products_backward(
-    grads: Sequence[Tensor], x: Tensor, hidden: Tensor, linears: Sequence[Linear], needs_x: bool
-) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
-    """Gradients of :func:`products_forward` in ``x`` (where needed), every ``a`` and every ``b``."""
-    flat, ranks = x.reshape(-1, x.shape[-1]), [len(linear.a) for linear in linears]
-    stack = _stacked(linears, x.dtype)
-    down = torch.empty(len(stack), len(flat), dtype=x.dtype, device=x.device)  # the gradient in rank space
-    grad_x = None
-    for grad, linear, part in zip(grads, linears, down.split(ranks), strict=True):
-        torch.mm(linear.b.to(x.dtype).mT, grad.mT, out=part).mul_(linear.scale)
-        if needs_x:
-            grad_x = torch.mm(grad, linear.weight) if grad_x is None else grad_x.addmm_(grad, linear.weight)
-    if grad_x is not None:
-        grad_x.mT.addmm_(stack.mT, down)
-        grad_x = grad_x.view(x.shape)
-    grad_as = torch.mm(down, flat).split(ranks)
-    grad_bs = [
-        torch.mm(part, grad).mul_(linear.scale).mT
-        for part, grad, linear in zip(hidden.split(ranks), grads, linears, strict=True)
-    ]
-    wide = [linear.a.dtype for linear in linears]
-    return (
-        grad_x,
-        [g.to(d) for g, d in zip(grad_as, wide, strict=True)],
-        [g.to(d) for g, d in zip(grad_bs, wide, strict=True)],
-    )
+    grads: Sequence[Tensor], x: Tensor | None, hidden: Tensor | None, operands: Operands, needs_x: bool
+) -> tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None]]:
+    """Gradients of :func:`products_forward` in the input (tokens, in) where needed, in every ``a`` and in every ``b``.
+
+    Without ``x`` the ``a`` are frozen and get none, without ``hidden`` the ``b``.
+    """
+    ranks = operands.ranks
+    grad_as: Sequence[Tensor | None] = [None] * len(grads)
+    grad_bs, grad_x = grad_as, None
+    down = grads[0].new_empty(len(operands.rows), len(grads[0]))  # the gradient in rank space
+    for grad, column, part in zip(grads, operands.columns, down.split(ranks), strict=True):
+        torch.mm(column.mT, grad.mT, out=part)
+    if needs_x:
+        grad_x = torch.mm(grads[0], operands.weights[0])
+        for grad, weight in zip(grads[1:], operands.weights[1:], strict=True):
+            grad_x.addmm_(grad, weight)
+        grad_x.addmm_(down.mT, operands.rows)
+    if x is not None:
+        grad_as = torch.mm(down, x.reshape(-1, x.shape[-1])).to(operands.dtype).split(ranks)
+    if hidden is not None:
+        grad_bs = [
+            torch.mm(part, grad).to(operands.dtype).mul_(scale).mT
+            for part, grad, scale in zip(hidden.split(ranks), grads, operands.scales, strict=True)
+        ]
+    return grad_x, grad_as, grad_bs
 
 
 class _LowRankLinears(torch.autograd.Function):
     """Forward and backward with every full-width update in place.
 
-    The scale acts in rank space and the low-rank products accumulate into results the frozen layers make anyway, so no
-    (tokens, out) or (tokens, in) temporary is added. Saved: ``x``, which ``dA`` cannot do without, references to the
-    parameters, and ``A x^T``, which is r/in of ``x``'s size and would take another reading of all of ``x`` to form again.
-    Wider factors are brought to ``x``'s dtype here: one node in the graph, whatever the number of casts.
+    The scale acts on the factors and the low-rank products accumulate into results the frozen layers make anyway, so no
+    (tokens, out) or (tokens, in) temporary is added. Saved: ``x``, which ``dA`` cannot do without, unless ``A`` is frozen;
+    ``A x^T``, which is r/in of ``x``'s size and would take another reading of all of ``x`` to form again, unless ``B`` is
+    frozen; and the factors as multiplied. Wider factors are brought to ``x``'s dtype here: one node in the graph, whatever
+    the number of casts.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scales: tuple[float, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        outs, hidden = products_forward(x, _linears(scales, tensors))
-        ctx.save_for_backward(x, hidden, *tensors)
-        ctx.scales = scales
+        outs, hidden, operands = products_forward(x, _linears(scales, tensors))
+        trains_a, trains_b = any(ctx.needs_input_grad[4::4]), any(ctx.needs_input_grad[5::4])
+        ctx.save_for_backward(
+            x if trains_a else None, hidden if trains_b else None, operands.rows, *operands.columns, *operands.weights
+        )
+        ctx.shape, ctx.scales, ctx.dtype = x.shape, scales, operands.dtype
         # Detached: a 3-D linear's result is a view, which autograd would not let later code change in place.
         return tuple(out.detach() for out in outs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, *tensors = ctx.saved_tensors
+        x, hidden, rows, *rest = ctx.saved_tensors
+        operands = Operands(rest[len(grads) :], rows, rest[: len(grads)], ctx.scales, ctx.dtype)
         flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        linears = _linears(ctx.scales, tensors)
-        grad_x, grad_as, grad_bs = products_backward(flat, x, hidden, linears, ctx.needs_input_grad[0])
+        grad_x, grad_as, grad_bs = products_backward(flat, x, hidden, operands, ctx.needs_input_grad[0])
         each = [(None, None, a, b) for a, b in zip(grad_as, grad_bs, strict=True)]
-        return grad_x, None, *(grad for four in each for grad in four)
+        return None if grad_x is None else grad_x.view(ctx.shape), None, *(grad for four in each for grad in four)
 
 
 def _linears(scales: Sequence[float], tensors: Sequence[Any]) -> list[Linear]:
