@@ -3,6 +3,10 @@
 Claim: LoRA r=16 on all linears costs <= 1.08x the frozen limit on a 4-layer slice (bf16 and fp32) and <= 1.10x on 30
 layers, DoRA <= 1.18x, and at most half of PEFT's extra peak memory.
 
+"thin products" is what no implementation by matrix products can go below: the frozen limit plus the six bare products a
+rank-16 update needs (A x^T, B h; B^T g, A^T d, d x, h g; shared inputs stacked), timed on buffers of their own, without
+autograd, casts or optimizer.
+
 The frozen limit is the bare model's forward pass and the backward pass to its inputs. A step is forward, backward and
 AdamW, 4 x 256 tokens, dropout off. CPU seconds of one thread, variants in turn, medians. For the timing the C library is
 told to keep freed memory, for all variants alike: otherwise page faults, which depend on what ran before, add up to a tenth
@@ -29,7 +33,15 @@ import torch
 from common import interleaved, peak_mb, provenance, ratios, reset_peak, table, write
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-VARIANTS = ["limit", "rankloom lora", "peft lora", "peft lora (base dtype)", "rankloom dora", "peft dora"]
+VARIANTS = [
+    "limit",
+    "thin products",
+    "rankloom lora",
+    "peft lora",
+    "peft lora (base dtype)",
+    "rankloom dora",
+    "peft dora",
+]
 
 
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
@@ -64,6 +76,15 @@ def step_of(variant: str, model: torch.nn.Module, ids: torch.Tensor) -> Callable
             embeds.grad = None
 
         return limit
+    if variant == "thin products":
+        alone = thin_products(model, ids.numel())
+        frozen = step_of("limit", model, ids)
+
+        def both() -> None:
+            frozen()
+            alone()
+
+        return both
     parameters = ours(variant, model) if variant.startswith("rankloom") else theirs(variant, model)
     target = model if variant.startswith("rankloom") else parameters[1]
     optimizer = parameters[0]
@@ -74,6 +95,38 @@ def step_of(variant: str, model: torch.nn.Module, ids: torch.Tensor) -> Callable
         optimizer.zero_grad()
 
     return step
+
+
+def thin_products(model: torch.nn.Module, tokens: int, rank: int = 16) -> Callable[[], Any]:
+    """The six products of every low-rank update, alone."""
+    groups = []
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        groups += [[attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj]]
+        groups += [[mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
+    buffers = []
+    for group in groups:
+        weight, ranks = group[0].weight, rank * len(group)
+        a, x, h, d = (
+            weight.new_zeros(s) for s in ((ranks, weight.shape[1]), (tokens, weight.shape[1]), *[(ranks, tokens)] * 2)
+        )
+        each = [(weight.new_zeros(len(m.weight), rank), weight.new_zeros(tokens, len(m.weight))) for m in group]
+        buffers.append((a, x, h, d, each))
+
+    def forward_backward() -> None:
+        for a, x, h, _, each in buffers:
+            torch.mm(a, x.mT, out=h)
+            for (b, y), part in zip(each, h.split(rank), strict=True):
+                y.addmm_(part.mT, b.mT)
+        for a, x, h, d, each in reversed(buffers):
+            for (b, y), part in zip(each, d.split(rank), strict=True):
+                torch.mm(b.mT, y.mT, out=part)
+            torch.mm(d, x)
+            x.addmm_(d.mT, a)
+            for (_, y), part in zip(each, h.split(rank), strict=True):
+                torch.mm(part, y)
+
+    return forward_backward
 
 
 def ours(variant: str, model: torch.nn.Module) -> tuple[Any]:
@@ -122,7 +175,7 @@ def child(variant: str, layers: int, dtype: str) -> None:
 def memory(layers: int, dtype: str, variants: list[str]) -> dict[str, float]:
     """Peak memory of each variant, a process each."""
     peaks = {}
-    for variant in variants:
+    for variant in [variant for variant in variants if variant != "thin products"]:
         command = [sys.executable, __file__, "--child", variant, "--layers", str(layers), "--dtype", dtype]
         plain = {key: value for key, value in os.environ.items() if key not in KEEP_MEMORY}
         output = subprocess.run(command, check=True, capture_output=True, text=True, env=plain).stdout
