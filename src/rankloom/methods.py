@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from rankloom.adapters import Dense, DoRA, LoRA
 from rankloom.errors import RecipeError, near_names
-from rankloom.init import AsStored, Gaussian, OneStepGradient
+from rankloom.init import AsStored, Gaussian, OneStepGradient, WeightQR, WeightSubspace, WeightSVD
 from rankloom.optim import Projected
 from rankloom.rank import AdaLoRA
 from rankloom.recipe import Recipe
@@ -32,6 +32,8 @@ class Method:
 
 
 EVERYTHING_ELSE = Targets(train=("*",))  # adapt all linears, train the rest whole
+
+OFFSET = "the stored weight is never edited: the adapter carries its start and subtracts it, so step 0 is bit-exact."
 
 TABLE: dict[str, Method] = {
     "lora": Method(
@@ -62,6 +64,54 @@ TABLE: dict[str, Method] = {
         deviations="the released code averages micro-batch means with dropout on and takes the first examples; here the mean "
         "is over tokens, without dropout. Triplets come from a three-pass streamed sketch (init.method='exact' for the full "
         "gradient). Directions without gradient start as LoRA's.",
+    ),
+    "dora-one": Method(
+        Recipe(adapter=DoRA(rank=8, alpha=16, scaling="rslora"), init=OneStepGradient(gamma=128)),
+        "LoRA-One: One-Step Full Gradient Could Suffice for Fine-Tuning Large Language Models (DoRA variant)",
+        "arXiv 2502.01235",
+        "LoRA-One's start under DoRA: the magnitude begins at the norm of the moved weight.",
+        parameters="r (in + out) + out per target",
+        export="exact (PEFT DoRA); plain LoRA only approximately",
+        deviations="as lora-one; held in float32, where the released code has it in float16.",
+    ),
+    "pissa": Method(
+        Recipe(adapter=LoRA(rank=8, alpha=8), init=WeightSVD("principal")),
+        "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models",
+        "arXiv 2404.02948",
+        "Trains the principal singular components of the weight; what they start as is subtracted.",
+        export="exact (rank 2r)",
+        deviations=OFFSET,
+    ),
+    "milora": Method(
+        Recipe(adapter=LoRA(rank=8, alpha=8), init=WeightSVD("minor")),
+        "MiLoRA: Harnessing Minor Singular Components for Parameter-Efficient LLM Finetuning",
+        "arXiv 2406.09044",
+        "Trains the minor singular components of the weight; what they start as is subtracted.",
+        export="exact (rank 2r)",
+        deviations=OFFSET,
+    ),
+    "olora": Method(
+        Recipe(adapter=LoRA(rank=8, alpha=8), init=WeightQR()),
+        "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models",
+        "arXiv 2406.01775",
+        "Starts at the leading part of the weight's QR decomposition, which is subtracted.",
+        export="exact (rank 2r)",
+        deviations=OFFSET,
+    ),
+    "lora-xs": Method(
+        Recipe(adapter=LoRA(rank=8, alpha=8, core="square", train="core"), init=WeightSubspace()),
+        "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters",
+        "arXiv 2405.17604",
+        "Trains an r x r core between frozen singular vectors of the weight.",
+        parameters="r^2 per target",
+        deviations="exact or converged singular vectors, where the released code has a truncated randomised SVD.",
+    ),
+    "lora-fa": Method(
+        Recipe(adapter=LoRA(rank=8, alpha=16, train="B")),
+        "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning",
+        "arXiv 2308.03303",
+        "LoRA with A frozen at its random start: no activation of the input's width is needed for its gradient.",
+        parameters="r out per target",
     ),
     "adalora": Method(
         Recipe(

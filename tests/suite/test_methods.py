@@ -69,11 +69,25 @@ def test_step_zero_leaves_every_bit_or_moves_as_documented(method: str, kind: st
         for b in handle.bindings:
             assert torch.count_nonzero(b.adapter.delta(b.layer)) == 0
         return
-    # A documented move: every weight changes by exactly `scale / gamma` in operator norm.
     assert not torch.equal(before, after)
     for b in handle.bindings:
-        move = torch.linalg.matrix_norm(b.adapter.delta(b.layer).detach(), 2)
-        torch.testing.assert_close(float(move), b.adapter.scale / handle.recipe.init.gamma, rtol=1e-9, atol=0)
+        DOCUMENTED_MOVES[handle.recipe.init.kind](b, handle.recipe.init)
+
+
+def _one_step(b: Any, init: Any) -> None:
+    """Every weight changes by exactly `scale / gamma` in operator norm."""
+    move = torch.linalg.matrix_norm(b.adapter.delta(b.layer).detach(), 2)
+    torch.testing.assert_close(float(move), b.adapter.scale / init.gamma, rtol=1e-9, atol=0)
+
+
+def _noise(b: Any, init: Any) -> None:
+    """A core of `std` between singular vectors, the singular values on one side."""
+    top = torch.linalg.matrix_norm(b.layer.weight(), 2)
+    move = torch.linalg.matrix_norm(b.adapter.delta(b.layer).detach(), 2)
+    assert 0 < move < b.adapter.scale * top * 5 * init.std * b.adapter.rank
+
+
+DOCUMENTED_MOVES = {"one-step-gradient": _one_step, "weight-subspace": _noise}
 
 
 @every_model

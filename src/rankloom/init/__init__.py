@@ -3,5 +3,17 @@
 from rankloom.init.base import InitContext, InitPart
 from rankloom.init.one_step import OneStepGradient
 from rankloom.init.random import AsStored, Gaussian, Kaiming
+from rankloom.init.weight_qr import WeightQR
+from rankloom.init.weight_svd import WeightSubspace, WeightSVD
 
-__all__ = ["AsStored", "Gaussian", "InitContext", "InitPart", "Kaiming", "OneStepGradient"]
+__all__ = [
+    "AsStored",
+    "Gaussian",
+    "InitContext",
+    "InitPart",
+    "Kaiming",
+    "OneStepGradient",
+    "WeightQR",
+    "WeightSVD",
+    "WeightSubspace",
+]
