@@ -87,14 +87,7 @@ class OneStepGradient(InitPart):
         gathered: GradientReport = context.evidence
         unit = 1.0 if self.gamma == "auto" else self.gamma
         dead = {b.name: self._write(b, gathered.svds[b.name], unit, context) for b in context.bindings}
-        context.report.update(
-            seconds=gathered.seconds,
-            passes=gathered.passes,
-            loss=gathered.loss,
-            tokens=gathered.tokens,
-            captured=gathered.captured,
-            dead_directions={name: count for name, count in dead.items() if count},
-        )
+        context.report.update(gathered.summary(), dead_directions={n: count for n, count in dead.items() if count})
         if self.gamma == "auto":
             self._line_search(context)
 
