@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import rankloom
@@ -216,11 +219,29 @@ def recipe_of(method: str) -> Recipe:
     return tiny(rankloom.methods.get(method))
 
 
+_FILES = tempfile.TemporaryDirectory()
+
+
+def with_reference(recipe: Recipe, model: nn.Module) -> Recipe:
+    """Where the init compares with the weights before quantisation: the model's own, moved a little, in a file."""
+    if getattr(recipe.init, "reference", None) != "":
+        return recipe
+    generator = torch.Generator().manual_seed(11)
+    path = Path(_FILES.name) / f"{len(list(Path(_FILES.name).iterdir()))}.safetensors"
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        plain = tensor if type(tensor) is Tensor else tensor.dequantize()
+        wide = plain.to(torch.promote_types(plain.dtype, torch.float32))
+        weights[name] = wide + 0.01 * torch.randn(wide.shape, generator=generator, dtype=wide.dtype)
+    save_file(weights, path)
+    return recipe.with_({"init.reference": str(path)})
+
+
 def adapted(
     method: str | Recipe, model: nn.Module, kind: str, *, seed: int = 0, calibrate: list[Any] | None = None
 ) -> rankloom.Adaptation:
     """A method (tiny) or a recipe (as given) on a model, with calibration data at hand."""
-    recipe = recipe_of(method) if isinstance(method, str) else method
+    recipe = with_reference(recipe_of(method) if isinstance(method, str) else method, model)
     return rankloom.adapt(model, recipe, Calibration(calibrate or batches(kind)), seed=seed)
 
 

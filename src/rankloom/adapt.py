@@ -44,6 +44,8 @@ class Adaptation:
         self.model, self.recipe, self.seed = model, recipe, seed
         self.report: dict[str, Any] = {}
         self.bindings = [Binding(target, recipe.adapter.build(target)) for target in targets]
+        for binding in self.bindings if recipe.init.offset else ():
+            binding.adapter.subtract_start()
         self._whole = whole_parameters(model, recipe.targets, self.targets)
         self._flags = {p: p.requires_grad for p in model.parameters()}
         self._trained: dict[str, nn.Parameter] = {}
@@ -311,6 +313,8 @@ def adapt(model: nn.Module, recipe: Recipe, calibration: Calibration | None = No
                 f"init='kaiming'"
             )
         evidence = init.gather(model, handle.bindings, calibration, seed)
+        if (ranks := init.ranks(handle.bindings, evidence)) is not None:
+            handle = Adaptation(model, recipe.with_ranks(ranks), seed)
     handle.attach()
     loss = None if calibration is None else (lambda: mean_loss(model, calibration))
     context = InitContext(handle.bindings, evidence, seed, loss)

@@ -9,7 +9,19 @@ from dataclasses import dataclass
 
 from rankloom.adapters import Dense, DoRA, LoRA
 from rankloom.errors import RecipeError, near_names
-from rankloom.init import AsStored, Gaussian, OneStepGradient
+from rankloom.init import (
+    ActivationSVD,
+    AsStored,
+    CovarianceSVD,
+    Gaussian,
+    GradientBlocks,
+    OneStepGradient,
+    QuantizationResidual,
+    UpdateSVD,
+    WeightQR,
+    WeightSubspace,
+    WeightSVD,
+)
 from rankloom.optim import Projected
 from rankloom.rank import AdaLoRA
 from rankloom.recipe import Recipe
@@ -32,6 +44,8 @@ class Method:
 
 
 EVERYTHING_ELSE = Targets(train=("*",))  # adapt all linears, train the rest whole
+
+OFFSET = "the stored weight is never edited: the adapter carries its start and subtracts it, so step 0 is bit-exact."
 
 TABLE: dict[str, Method] = {
     "lora": Method(
@@ -62,6 +76,102 @@ TABLE: dict[str, Method] = {
         deviations="the released code averages micro-batch means with dropout on and takes the first examples; here the mean "
         "is over tokens, without dropout. Triplets come from a three-pass streamed sketch (init.method='exact' for the full "
         "gradient). Directions without gradient start as LoRA's.",
+    ),
+    "dora-one": Method(
+        Recipe(adapter=DoRA(rank=8, alpha=16, scaling="rslora"), init=OneStepGradient(gamma=128)),
+        "LoRA-One: One-Step Full Gradient Could Suffice for Fine-Tuning Large Language Models (DoRA variant)",
+        "arXiv 2502.01235",
+        "LoRA-One's start under DoRA: the magnitude begins at the norm of the moved weight.",
+        parameters="r (in + out) + out per target",
+        export="exact (PEFT DoRA); plain LoRA only approximately",
+        deviations="as lora-one; held in float32, where the released code has it in float16.",
+    ),
+    "pissa": Method(
+        Recipe(adapter=LoRA(rank=8, alpha=8), init=WeightSVD("principal")),
+        "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models",
+        "arXiv 2404.02948",
+        "Trains the principal singular components of the weight; what they start as is subtracted.",
+        export="exact (rank 2r)",
+        deviations=OFFSET,
+    ),
+    "milora": Method(
+        Recipe(adapter=LoRA(rank=8, alpha=8), init=WeightSVD("minor")),
+        "MiLoRA: Harnessing Minor Singular Components for Parameter-Efficient LLM Finetuning",
+        "arXiv 2406.09044",
+        "Trains the minor singular components of the weight; what they start as is subtracted.",
+        export="exact (rank 2r)",
+        deviations=OFFSET,
+    ),
+    "olora": Method(
+        Recipe(adapter=LoRA(rank=8, alpha=8), init=WeightQR()),
+        "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models",
+        "arXiv 2406.01775",
+        "Starts at the leading part of the weight's QR decomposition, which is subtracted.",
+        export="exact (rank 2r)",
+        deviations=OFFSET,
+    ),
+    "corda": Method(
+        Recipe(adapter=LoRA(rank=8, alpha=8), init=CovarianceSVD("instruction")),
+        "CorDA: Context-Oriented Decomposition Adaptation of Large Language Models for Task-Aware Parameter-Efficient "
+        "Fine-tuning",
+        "arXiv 2406.05223",
+        "Trains the weight's components that matter most (or least, mode='knowledge') to the calibration data's covariance.",
+        export="exact (rank 2r)",
+        deviations=OFFSET
+        + " The covariance is the mean over tokens that count; the released code first divides each batch "
+        "by its largest activation and counts padding, which weighs batches unequally and changes how B and A share the "
+        "product.",
+    ),
+    "loftq": Method(
+        Recipe(adapter=LoRA(rank=8, alpha=8), init=QuantizationResidual()),
+        "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models",
+        "arXiv 2310.08659",
+        "Starts with the best rank-r part of what quantising the base has lost; init.reference names the original weights.",
+        deviations="one alternation (the released default): further ones would move the stored base, which is never edited.",
+    ),
+    "lora-ga": Method(
+        Recipe(adapter=LoRA(rank=8, alpha=16, scaling="rslora"), init=GradientBlocks()),
+        "LoRA-GA: Low-Rank Adaptation with Gradient Approximation",
+        "arXiv 2407.05000",
+        "Factors start on two blocks of the full gradient's singular vectors, so the first step approximates it at rank 2r.",
+        export="exact (rank 2r)",
+        deviations=OFFSET
+        + " Triplets come from a three-pass streamed sketch (init.method='exact' for the full gradient), "
+        "the gradient's mean is over tokens, without dropout. norm_clip is left out. PEFT scales B by the singular values "
+        "and A not at all; the authors' code, followed here, scales both by out^(1/4) / sqrt(gamma).",
+    ),
+    "lora-sb": Method(
+        Recipe(adapter=LoRA(rank=32, alpha=32, core="square", train="core"), init=UpdateSVD()),
+        "Initialization using Update Approximation is a Silver Bullet for Extremely Efficient Low-Rank Fine-Tuning",
+        "arXiv 2411.19557",
+        "Trains an r x r core between frozen singular vectors of the first full update, starting as its best rank-r part.",
+        parameters="r^2 per target",
+        deviations="the sign's triplets are exact (or converged, above 2048 wide), where the released code's randomised SVD "
+        "has no oversampling. The gradient is taken without dropout.",
+    ),
+    "eva": Method(
+        Recipe(adapter=LoRA(rank=8, alpha=16), init=ActivationSVD(rho=2.0)),
+        "Parameter Efficient Fine-tuning via Explained Variance Adaptation",
+        "arXiv 2410.07170",
+        "A starts on the principal directions of the inputs, and ranks go where they explain most variance.",
+        parameters="sum of r_l (in + out), sum of r_l as in the recipe",
+        deviations="one pass over the calibration data as given, where the released code cycles through it until components "
+        "stop turning (cosine 0.99). Batches with fewer tokens than components count as well.",
+    ),
+    "lora-xs": Method(
+        Recipe(adapter=LoRA(rank=8, alpha=8, core="square", train="core"), init=WeightSubspace()),
+        "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters",
+        "arXiv 2405.17604",
+        "Trains an r x r core between frozen singular vectors of the weight.",
+        parameters="r^2 per target",
+        deviations="exact or converged singular vectors, where the released code has a truncated randomised SVD.",
+    ),
+    "lora-fa": Method(
+        Recipe(adapter=LoRA(rank=8, alpha=16, train="B")),
+        "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning",
+        "arXiv 2308.03303",
+        "LoRA with A frozen at its random start: no activation of the input's width is needed for its gradient.",
+        parameters="r out per target",
     ),
     "adalora": Method(
         Recipe(

@@ -21,7 +21,7 @@ from rankloom.optim import AdamW, OptimizerPart
 from rankloom.parts import SLOTS, Part, kinds, part_from_dict
 from rankloom.rank import Fixed, RankPart
 from rankloom.routing import Single
-from rankloom.targets import Target, Targets, find_targets, whole_parameters
+from rankloom.targets import Target, Targets, exact_pattern, find_targets, whole_parameters
 
 __all__ = ["Recipe"]
 
@@ -69,11 +69,42 @@ class Recipe:
         return targets
 
     def _impossible(self, slot: str, part: Part, need: str) -> str:
-        instead = [f"{s} {hint!r}" for s in SLOTS for hint in _offering(s, need)]
+        offering = {s: found for s in SLOTS if (found := _offering(s, need))}
+        lacking = next(iter(offering), "adapter")
+        instead = [f"{s} {hint!r}" for s, found in offering.items() for hint in found]
         return (
-            f"{slot} {part.kind!r} needs {need}, which adapter {self.adapter.kind!r} does not have; "
+            f"{slot} {part.kind!r} needs {need}, which {lacking} {self.parts()[lacking].kind!r} does not have; "
             f"it works with {', '.join(instead) or 'no registered part'}"
         )
+
+    def with_ranks(self, ranks: Mapping[str, int]) -> Recipe:
+        """A copy with a rank for every target, alpha in proportion to it; targets of rank 0 are no longer targets.
+
+        Raises:
+            CompositionError: the adapter has no ranks.
+        """
+        if not isinstance(self.adapter, LoRA):
+            raise CompositionError(f"adapter {self.adapter.kind!r} has no ranks to redistribute")
+        pattern, alphas = {}, {}
+        for name, rank in ranks.items():
+            if rank and rank != (before := self.adapter.rank_of(name)):
+                key = exact_pattern(name, ranks)
+                pattern[key] = rank
+                alphas[key] = self.adapter.alpha_of(name) * rank / before
+        kept = [name for name, rank in ranks.items() if rank]
+        if not kept:
+            raise CompositionError("the redistribution of ranks leaves no target: raise adapter.rank")
+        targets = self.targets
+        if len(kept) < len(ranks):
+            targets = dataclasses.replace(
+                targets, modules=tuple(exact_pattern(name, kept) for name in kept), exclude=()
+            )
+        adapter = dataclasses.replace(
+            self.adapter,
+            rank_pattern=self.adapter.rank_pattern | pattern,
+            alpha_pattern=self.adapter.alpha_pattern | alphas,
+        )
+        return dataclasses.replace(self, targets=targets, adapter=adapter)
 
     def to_dict(self) -> dict[str, Any]:
         """The plain form: every slot, every setting."""
@@ -158,7 +189,7 @@ def _line(part: Part) -> str:
     return f"{part.kind}({', '.join(changed)})  # {summary}"
 
 
-_VARIANTS: dict[str, list[dict[str, Any]]] = {"lora": [{}, {"core": "diagonal"}], "dora": [{}, {"core": "diagonal"}]}
+_VARIANTS: dict[str, list[dict[str, Any]]] = {kind: [{}, {"core": "diagonal"}] for kind in ("lora", "dora")}
 
 
 def _offering(slot: str, need: str) -> list[str]:

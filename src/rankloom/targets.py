@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal, cast
@@ -20,7 +20,17 @@ from torch import Tensor, nn
 from rankloom.errors import TargetError, near_names
 from rankloom.parts import Part, part
 
-__all__ = ["Layer", "Target", "Targets", "find_targets", "layer_of", "matches", "tied_weights", "whole_parameters"]
+__all__ = [
+    "Layer",
+    "Target",
+    "Targets",
+    "exact_pattern",
+    "find_targets",
+    "layer_of",
+    "matches",
+    "tied_weights",
+    "whole_parameters",
+]
 
 
 class Layer:
@@ -285,6 +295,11 @@ def matches(pattern: str, name: str) -> bool:
     if any(c in pattern for c in "*?"):
         return fnmatch.fnmatchcase(name, pattern)
     return name == pattern or name.endswith("." + pattern)
+
+
+def exact_pattern(name: str, names: Collection[str]) -> str:
+    """A pattern that selects one name: the name itself, or a regular expression where it would match others too."""
+    return name if sum(matches(name, other) for other in names) == 1 else f"re:{re.escape(name)}"
 
 
 def _select(pattern: str, names: list[str], what: str) -> list[str]:

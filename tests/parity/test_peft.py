@@ -237,6 +237,77 @@ def test_what_peft_saves_loads_here(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(zoo.logits(model, inputs_for(kind)), expected, **TOLERANCE)
 
 
+def started_by_peft(start: str, **settings: Any) -> Any:
+    """A PEFT model whose init edits the base weights; in float32, which it insists on."""
+    from peft.tuners.lora.config import CordaConfig
+    from peft.tuners.lora.corda import preprocess_corda
+    from peft.tuners.lora.loraga import preprocess_loraga
+
+    model, modules = zoo.build("llama", dtype=torch.float32), ["q_proj", "down_proj"]
+    if start == "lora_ga":
+        settings["lora_ga_config"] = peft.LoraGAConfig()
+    if start == "corda":
+        settings["corda_config"] = CordaConfig()
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=modules, init_lora_weights=start, **settings)
+    ids = zoo.batch("llama", rows=1)["input_ids"]
+    if start == "lora_ga":
+        preprocess_loraga(model, config, lambda: model(input_ids=ids, labels=ids).loss.backward())
+    if start == "corda":
+        preprocess_corda(model, config, run_model=lambda: model(ids))
+    return peft.get_peft_model(model, config).eval()
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("start", ["pissa", "olora", "lora_ga", "corda"])
+def test_adapters_whose_start_edited_the_base_load_once_peft_has_converted_them(
+    start: str, rslora: bool, tmp_path: Path
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = started_by_peft(start, use_rslora=rslora)
+        model.peft_config["default"].init_lora_weights = True  # so that PEFT does not edit the base again
+        model.save_pretrained(tmp_path / "start")
+        model.peft_config["default"].init_lora_weights = start
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        expected = zoo.logits(model, inputs_for("llama"))
+        model.save_pretrained(tmp_path / "raw")
+        model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    base = zoo.build("llama", dtype=torch.float32)
+    with pytest.raises(rankloom.errors.ArtifactError, match=rf"started by '{start}', which changes the base.*convert"):
+        rankloom.load(base, tmp_path / "raw")
+    assert all(p.requires_grad for p in base.parameters())
+    handle = rankloom.load(base, tmp_path / "converted")
+    assert {b.adapter.rank for b in handle.bindings} == {6}
+    torch.testing.assert_close(zoo.logits(base, inputs_for("llama")), expected, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(
+        expected, zoo.logits(zoo.build("llama", dtype=torch.float32), inputs_for("llama")), atol=0.1
+    )
+
+
+def test_an_eva_adapter_with_its_own_ranks_loads(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(
+            r=3, lora_alpha=7, target_modules=["q_proj", "o_proj", "down_proj"], init_lora_weights="eva"
+        )
+        model = peft.get_peft_model(zoo.build("llama", dtype=torch.float32), config)
+        peft.initialize_lora_eva_weights(model, [zoo.batch("llama", 3, rows=8)], show_progress_bar=False)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        expected = zoo.logits(model, inputs_for("llama"))
+        model.save_pretrained(tmp_path / "eva")
+    handle = rankloom.load(zoo.build("llama", dtype=torch.float32), tmp_path / "eva")
+    assert len({b.adapter.rank for b in handle.bindings}) > 1
+    torch.testing.assert_close(zoo.logits(handle.model, inputs_for("llama")), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_an_embedding_adapted_on_one_side_of_a_tie(tmp_path: Path) -> None:
     expected = made_by_peft(lora("embed_tokens", "q_proj"), "llama", tmp_path / "peft", tie_word_embeddings=True)
     model = zoo.build("llama", tie_word_embeddings=True)

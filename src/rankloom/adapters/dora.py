@@ -37,13 +37,15 @@ class DoRAAdapter(LowRankAdapter):
 
     @torch.no_grad()
     def initialized(self, base: Layer) -> None:
+        super().initialized(base)
         self.m.copy_(self.norm(base))  # the very expression the gain divides by, so step 0 multiplies by exactly one
 
     @torch.no_grad()
     def norm(self, base: Layer) -> Tensor:
         """``||W + s B A||`` by rows (out,)."""
         weight = base.weight()
-        a, b = self.rows(), self.scale * self.B
+        b, a = self.effective()
+        b = self.scale * b
         cross = (weight @ a.mT.to(weight.dtype)).to(b.dtype)
         square = self.base_norm2 + ((2 * cross + b @ (a @ a.mT)) * b).sum(1)
         return square.clamp_(min=torch.finfo(square.dtype).tiny).sqrt_()
@@ -57,18 +59,21 @@ class DoRAAdapter(LowRankAdapter):
 
     def delta(self, base: Layer) -> Tensor:
         weight = base.weight().to(self.m.dtype)
-        direction = weight + self.scale * self.B @ self.rows()
+        b, a = self.effective()
+        direction = weight + (self.scale * b) @ a
         return self.gain(base)[:, None] * direction - weight
 
     def forward(self, x: Tensor, base: Layer) -> Tensor:
         gain = self.gain(base)
         if self.fuses(x, base):
-            return dora_linear(x, base.weight(), base.bias(), self.rows(), self.B, gain, self.scale)
+            linear = self.linear(base)
+            return dora_linear(x, linear.weight, linear.bias, linear.a, linear.b, gain, linear.scale)
         dtype = x.dtype if x.is_floating_point() else base.dtype
         inner = dropout(x, self.dropout) if self.training and self.dropout else x
         y = base(x)
         gain = base.broadcast(gain.to(y.dtype))
-        update = base.lowrank(inner, self.rows().to(dtype), (self.scale * self.B).to(dtype))
+        b, a = self.effective()
+        update = base.lowrank(inner, a.to(dtype), (self.scale * b).to(dtype))
         out = gain * (y + update.to(y.dtype))
         bias = base.bias()
         return out if bias is None else out + (1 - gain) * base.broadcast(bias)
@@ -87,4 +92,4 @@ class DoRA(LoRA):
         return super().offers | {"magnitude"}
 
     def build(self, target: Target) -> DoRAAdapter:
-        return DoRAAdapter(target.layer, **self._arguments(target), diagonal=self.core == "diagonal")
+        return DoRAAdapter(target.layer, **self._arguments(target))

@@ -1,9 +1,11 @@
-"""The family ``delta = s * B diag(E) A``: LoRA (2106.09685), rsLoRA's scale (2312.03732), AdaLoRA's triplets (2303.10512)."""
+"""The family ``delta = s * B C A``: LoRA (2106.09685), rsLoRA's scale (2312.03732), AdaLoRA's triplets (2303.10512), LoRA-XS's
+square core (2405.17604), LoRA-FA's frozen ``A`` (2308.03303)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,10 @@ __all__ = ["SCALINGS", "LoRA", "LowRankAdapter"]
 
 T = TypeVar("T")
 Scaling = Literal["standard", "rslora", "triplet"]
+Core = Literal["identity", "diagonal", "square"]
+Train = Literal["all", "B", "core"]
+
+TRAINED = {"all": "ABER", "B": "B", "core": "ER"}
 
 SCALINGS = {
     "standard": lambda alpha, rank: alpha / rank,
@@ -28,37 +34,132 @@ SCALINGS = {
 
 
 class LowRankAdapter(Adapter):
-    """``delta = s * B A``, or ``s * B diag(E) A`` with a diagonal core; ``A`` (r, in), ``B`` (out, r), ``E`` (r,).
+    """``delta = s * B C A`` with ``A`` (r, in), ``B`` (out, r) and a core ``C``: none, ``diag(E)`` (r,), or ``R`` (r, r).
+
+    What is not trained is a frozen buffer. Where the init keeps the pretrained function by subtracting its start
+    (:meth:`subtract_start`), frozen copies ``A0``, ``B0``, ``E0``, ``R0`` of the trained tensors ride along and
+    ``delta = s * (B C A - B0 C0 A0)``, computed so that it is exactly zero as long as nothing has moved.
 
     ``mask`` (r,) marks live components of a diagonal core: schedules switch components off in place, compaction happens at
     export, and the parameters never change shape.
     """
 
-    roles: ClassVar[dict[str, str]] = {"A": "A", "B": "B", "E": "core"}
+    roles: ClassVar[dict[str, str]] = {"A": "A", "B": "B", "E": "core", "R": "core"}
     shares_input: ClassVar[bool] = True
+    A: Tensor
+    B: Tensor
+    E: Tensor | None
+    R: Tensor | None
     mask: Tensor
 
     def __init__(
-        self, layer: Layer, rank: int, scale: float, *, diagonal: bool, dropout: float, dtype: torch.dtype
+        self, layer: Layer, rank: int, scale: float, *, core: Core, train: Train, dropout: float, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        self.rank, self.scale, self.dropout = rank, scale, dropout
-        self.A = nn.Parameter(torch.empty(rank, layer.in_features, dtype=dtype, device=layer.device))
-        self.B = nn.Parameter(torch.empty(layer.out_features, rank, dtype=dtype, device=layer.device))
-        self.E: nn.Parameter | None = None
-        if diagonal:
-            self.E = nn.Parameter(torch.zeros(rank, dtype=dtype, device=layer.device))
+        self.rank, self.scale, self.dropout, self.offset = rank, scale, dropout, False
+        shapes = {
+            "A": (rank, layer.in_features),
+            "B": (layer.out_features, rank),
+            "E": (rank,) if core == "diagonal" else None,
+            "R": (rank, rank) if core == "square" else None,
+        }
+        for name, shape in shapes.items():
+            tensor = None if shape is None else torch.zeros(shape, dtype=dtype, device=layer.device)
+            if tensor is None or name not in TRAINED[train]:
+                self.register_buffer(name, tensor)
+            else:
+                self.register_parameter(name, nn.Parameter(tensor))
+        if core == "diagonal":
             self.register_buffer("mask", torch.ones(rank, dtype=torch.bool, device=layer.device))
 
-    def rows(self) -> Tensor:
-        """``A`` with the core folded in: (r, in)."""
-        return self.A if self.E is None else (self.E * self.mask)[:, None] * self.A
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained tensors among ``A``, ``B``, ``E``, ``R``."""
+        return {name: p for name, p in self.named_parameters() if name in LowRankAdapter.roles}
+
+    @property
+    def core(self) -> Tensor | None:
+        """``E`` (r,), ``R`` (r, r), or None."""
+        return self.R if self.E is None else self.E
+
+    def subtract_start(self) -> None:
+        """Make room for the start: what :meth:`initialized` finds written is subtracted from then on."""
+        self.offset = True
+        for name, parameter in self.trained().items():
+            self.register_buffer(f"{name}0", torch.zeros_like(parameter))
+
+    @torch.no_grad()
+    def initialized(self, base: Layer) -> None:
+        if self.offset:
+            for name, parameter in self.trained().items():
+                self.get_buffer(f"{name}0").copy_(parameter)
+
+    @torch.no_grad()
+    def write(self, b: Tensor, a: Tensor, core: Tensor) -> None:
+        """Copy ``B`` (out, r), ``A`` (r, in) and the core's diagonal (r,) in; forms without a core have no use for it."""
+        self.B.copy_(b)
+        self.A.copy_(a)
+        if self.E is not None:
+            self.E.copy_(core)
+        if self.R is not None:
+            self.R.copy_(torch.diag(core))
+
+    def start(self, left: Tensor, values: Tensor, right: Tensor) -> None:
+        """Write ``delta = s * left diag(values) right`` for ``left`` (out, r), ``values >= 0`` (r,), ``right`` (r, in).
+
+        Without a core, both factors take the square root of the values; with one, the core takes them and the factors are
+        ``left`` and ``right`` themselves. A component of value zero must be able to learn, so only one of its parts is
+        zero: its column of ``B``, or its core entry where ``B`` is frozen.
+        """
+        left, values, right = (t.to(self.A.device) for t in (left, values, right))
+        live, one = values > 0, torch.ones_like(values)
+        if self.core is None:
+            root = values.sqrt()
+            self.write(left * root, torch.where(live, root, one)[:, None] * right, one)
+        elif "B" in self.trained():
+            self.write(left * live, right, torch.where(live, values, one))
+        else:
+            self.write(left, right, values)
+
+    def effective(self) -> tuple[Tensor, Tensor]:
+        """``(B, A)`` as kernels see them, cores and offset folded in, the scale not: (out, k) and (k, in).
+
+        With an offset ``B C A - B0 C0 A0 = [L - L0, L0] [R; R - R0]`` for the sides ``L`` and ``R``, of rank ``k = 2r``; of
+        rank r where only one side is trained. The differences are formed from the tensors that moved, without cancellation.
+        """
+        columns, rows = _columns(self.B, self.R), self._rows(self.A, self.E)
+        if not self.offset:
+            return columns, rows
+        moved_columns, moved_rows = self._moved("B", "R", _columns), self._moved("A", "E", self._rows)
+        if moved_rows is None:
+            return cast(Tensor, moved_columns), rows
+        if moved_columns is None:
+            return columns, moved_rows
+        first = _columns(self.get_buffer("B0"), self._start_of("R"))
+        return torch.cat([moved_columns, first], 1), torch.cat([rows, moved_rows])
+
+    def _rows(self, a: Tensor, e: Tensor | None) -> Tensor:
+        return a if e is None else (e * self.mask)[:, None] * a
+
+    def _start_of(self, name: str) -> Tensor | None:
+        return cast("Tensor | None", getattr(self, f"{name}0", getattr(self, name)))
+
+    def _moved(self, factor: str, core: str, side: Callable[[Any, Any], Tensor]) -> Tensor | None:
+        """``F C - F0 C0`` as ``(F - F0) C + F0 (C - C0)``; None where neither is trained."""
+        now, start = (getattr(self, factor), getattr(self, core)), (self._start_of(factor), self._start_of(core))
+        terms = []
+        if now[0] is not start[0]:
+            terms.append(side(now[0] - start[0], now[1]))
+        if now[1] is not start[1]:
+            terms.append(side(start[0], now[1] - start[1]))
+        return sum(terms[1:], terms[0]) if terms else None
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        return self.scale * self.B, self.rows()
+        b, a = self.effective()
+        return self.scale * b, a
 
     def delta(self, base: Layer) -> Tensor:
-        return (self.scale * self.B) @ self.rows()
+        b, a = self.effective()
+        return (self.scale * b) @ a
 
     def fuses(self, x: Tensor, base: Layer) -> bool:
         """Whether this call can run as a fused kernel."""
@@ -66,7 +167,8 @@ class LowRankAdapter(Adapter):
 
     def linear(self, base: Layer) -> Linear:
         """What the fused kernel needs."""
-        return Linear(base.weight(), base.bias(), self.rows(), self.B, self.scale)
+        b, a = self.effective()
+        return Linear(base.weight(), base.bias(), a, b, self.scale)
 
     def forward(self, x: Tensor, base: Layer) -> Tensor:
         if self.fuses(x, base):
@@ -74,7 +176,12 @@ class LowRankAdapter(Adapter):
         dtype = x.dtype if x.is_floating_point() else base.dtype
         y = base(x)
         inner = dropout(x, self.dropout) if self.training and self.dropout else x
-        return y + base.lowrank(inner, self.rows().to(dtype), (self.scale * self.B).to(dtype)).to(y.dtype)
+        b, a = self.effective()
+        return y + base.lowrank(inner, a.to(dtype), (self.scale * b).to(dtype)).to(y.dtype)
+
+
+def _columns(b: Tensor, r: Tensor | None) -> Tensor:
+    return b if r is None else b @ r
 
 
 def dropout(x: Tensor, rate: float) -> Tensor:
@@ -100,15 +207,18 @@ def fusable(x: Tensor, base: Layer) -> bool:
 class LoRA(AdapterPart):
     """``y = x (W + s B A)^T + b`` with ``s = alpha / r`` (``standard``) or ``alpha / sqrt(r)`` (``rslora``).
 
-    ``core="diagonal"`` puts ``diag(E)`` between the factors, which makes components rankable (AdaLoRA).
-    ``rank_pattern`` and ``alpha_pattern`` override rank and alpha for the targets a pattern matches (last match wins).
-    Parameters per target: ``r (in + out)``, with a diagonal core ``r (in + out + 1)``.
+    ``core="diagonal"`` puts ``diag(E)`` between the factors, which makes components rankable (AdaLoRA); ``"square"`` puts
+    ``R`` (r, r) there. ``train`` says what learns: ``"all"``, ``"B"`` (LoRA-FA: ``A`` is frozen, so no activation of width
+    ``in`` is needed for its gradient), or ``"core"`` (LoRA-XS: both factors are frozen). ``rank_pattern`` and
+    ``alpha_pattern`` override rank and alpha for the targets a pattern matches (last match wins). Parameters per target:
+    ``r (in + out)``, plus the core's ``r`` or ``r^2``; the core's alone where only it is trained, ``r out`` for ``B`` alone.
     """
 
     rank: int = 8
     alpha: float = 16.0
     scaling: Scaling = "standard"
-    core: Literal["identity", "diagonal"] = "identity"
+    core: Core = "identity"
+    train: Train = "all"
     dropout: float = 0.0
     dtype: Dtype = "auto"
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -116,21 +226,28 @@ class LoRA(AdapterPart):
 
     @property
     def offers(self) -> frozenset[str]:
-        return frozenset({"factors", "ranked components"} if self.core == "diagonal" else {"factors"})
+        ranked = self.core == "diagonal" and self.train == "all"
+        return frozenset({"factors", "ranked components"} if ranked else {"factors"})
 
     def check(self) -> None:
         if min([self.rank, *self.rank_pattern.values()]) < 1:
             raise RecipeError(f"adapter rank must be at least 1, got {self.rank} with rank_pattern {self.rank_pattern}")
         if not 0 <= self.dropout < 1:
             raise RecipeError(f"adapter dropout must be in [0, 1), got {self.dropout}")
+        if self.train == "core" and self.core == "identity":
+            raise RecipeError("adapter train='core' has nothing to train: set adapter.core to 'square' or 'diagonal'")
 
     def rank_of(self, target: str) -> int:
         """The rank for a target name."""
         return _last_match(self.rank_pattern, target, self.rank)
 
+    def alpha_of(self, target: str) -> float:
+        """Alpha for a target name."""
+        return _last_match(self.alpha_pattern, target, self.alpha)
+
     def scale_of(self, target: str) -> float:
         """``s`` for a target name."""
-        return SCALINGS[self.scaling](_last_match(self.alpha_pattern, target, self.alpha), self.rank_of(target))
+        return SCALINGS[self.scaling](self.alpha_of(target), self.rank_of(target))
 
     def check_on(self, targets: list[Target]) -> None:
         names = [target.name for target in targets]
@@ -148,13 +265,15 @@ class LoRA(AdapterPart):
                 )
 
     def build(self, target: Target) -> LowRankAdapter:
-        return LowRankAdapter(target.layer, **self._arguments(target), diagonal=self.core == "diagonal")
+        return LowRankAdapter(target.layer, **self._arguments(target))
 
     def _arguments(self, target: Target) -> dict[str, Any]:
         dtype = adapter_dtype(self.dtype, target.layer)
         return {
             "rank": self.rank_of(target.name),
             "scale": self.scale_of(target.name),
+            "core": self.core,
+            "train": self.train,
             "dropout": self.dropout,
             "dtype": dtype,
         }

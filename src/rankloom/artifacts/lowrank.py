@@ -68,11 +68,14 @@ def overall_error(entries: Sequence[Factors]) -> float:
 
 
 def compact(adapter: LowRankAdapter) -> tuple[Tensor, Tensor]:
-    """``A`` with the core folded in and ``B``, without components whose core is off or zero; the scale is not folded."""
-    a, b = adapter.rows().detach(), adapter.B.detach()
-    if adapter.E is None:
+    """Effective ``A`` and ``B`` (core and offset folded in, the scale not), without components that are zero on a side.
+
+    The factors of a form with neither core nor offset are left whole, so that its rank stays the recipe's.
+    """
+    b, a = (factor.detach() for factor in adapter.effective())
+    if adapter.core is None and not adapter.offset:
         return a, b
-    live = (adapter.E.detach() * adapter.mask) != 0
+    live = a.any(1) & b.any(0)
     return a[live], b[:, live]
 
 

@@ -45,7 +45,7 @@ def native_kind(bindings: list[Binding]) -> Kind:
         return "plain" if any(isinstance(b.layer, EmbeddingLayer) for b in bindings) else "dora"
     if not all(isinstance(a, LowRankAdapter) and not isinstance(a, DoRAAdapter) for a in adapters):
         return "plain"
-    if all(a.E is not None for a in adapters) and linear and not any(b.layer.rows for b in bindings):
+    if all(a.E is not None and not a.offset for a in adapters) and linear and not any(b.layer.rows for b in bindings):
         return "adalora"
     return "lora"
 
@@ -55,9 +55,10 @@ def _lora(handle: Handle, cut: Cut) -> PeftForm:
     for name, group in by_module(handle.bindings).items():
         adapter = group[0].adapter
         if len(group) == 1 and group[0].layer.rows is None and adapter.E is None:
-            a, b = adapter.A.detach(), adapter.B.detach()
+            a, b = compact(adapter)
             norm = adapter.scale * product_norm(b, a)
-            entries.append(Factors(name, group[0].layer, a, b, adapter.scale, _alpha(handle, adapter), norm=norm))
+            alpha = _alpha(handle, adapter.scale, len(a))
+            entries.append(Factors(name, group[0].layer, a, b, adapter.scale, alpha, norm=norm))
         else:
             entries.append(factorised(name, group, cut))
     return _with_factors(PeftForm("lora", _live(entries)), handle)
@@ -80,8 +81,8 @@ def _dora(handle: Handle, cut: Cut) -> PeftForm:
             block[rows] = piece_b if len(group) == 1 else binding.adapter.scale * piece_b
             a.append(piece_a)
             b.append(block)
-        adapter = group[0].adapter
-        scale, alpha = (adapter.scale, _alpha(handle, adapter)) if len(group) == 1 else (1.0, None)
+        adapter, rank = group[0].adapter, sum(map(len, a))
+        scale, alpha = (adapter.scale, _alpha(handle, adapter.scale, rank)) if len(group) == 1 else (1.0, None)
         made = Factors(name, layer, torch.cat(a), torch.cat(b, 1), scale, alpha, magnitude.to(adapter.m.dtype))
         entries.append(made if made.rank else padded(made, 1))  # the magnitude counts even without a low-rank part
     return _with_factors(PeftForm("dora", entries), handle)
@@ -98,12 +99,10 @@ def _live(entries: list[Factors]) -> list[Factors]:
     return [entry for entry in entries if entry.rank] or [padded(entries[0], 1)]
 
 
-def _alpha(handle: Handle, adapter: LowRankAdapter) -> float:
-    """The alpha from which PEFT computes our scale."""
-    scaling = getattr(handle.recipe.adapter, "scaling", None)
-    if scaling == "rslora":
-        return _tidy(adapter.scale * math.sqrt(adapter.rank))
-    return _tidy(adapter.scale * adapter.rank)
+def _alpha(handle: Handle, scale: float, rank: int) -> float:
+    """The alpha from which PEFT computes our scale, for the rank in the file (an offset's is twice the recipe's)."""
+    rslora = getattr(handle.recipe.adapter, "scaling", None) == "rslora"
+    return _tidy(scale * (math.sqrt(rank) if rslora else rank or 1.0))
 
 
 def _tidy(alpha: float) -> float:

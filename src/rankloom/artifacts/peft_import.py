@@ -17,11 +17,11 @@ from rankloom.artifacts.files import read_json, read_tensors
 from rankloom.artifacts.identity import Fingerprint
 from rankloom.artifacts.peft_format import CONFIG, PREFIX, REPORT, WEIGHTS, matching, of_pattern
 from rankloom.artifacts.store import Stored
-from rankloom.artifacts.targeting import exact_patterns, targets_for
+from rankloom.artifacts.targeting import targets_for
 from rankloom.artifacts.whole import whole_tensors
 from rankloom.errors import ArtifactError, near_names
 from rankloom.recipe import Recipe
-from rankloom.targets import Conv2dLayer, EmbeddingLayer, Layer, layer_of
+from rankloom.targets import Conv2dLayer, EmbeddingLayer, Layer, exact_pattern, layer_of
 
 __all__ = ["import_peft"]
 
@@ -238,8 +238,8 @@ def _adapter_part(config: Mapping[str, Any], adapted: Mapping[str, _Module]) -> 
         scaling="triplet" if triplet else "rslora" if rslora else "standard",
         core="diagonal" if triplet else "identity",
         dropout=float(config.get("lora_dropout") or 0.0),
-        rank_pattern=exact_patterns({n: r for n, r in ranks.items() if r != rank}, ranks),
-        alpha_pattern=exact_patterns({n: a for n, a in alphas.items() if a != alpha}, ranks),
+        rank_pattern={exact_pattern(n, ranks): r for n, r in ranks.items() if r != rank},
+        alpha_pattern={exact_pattern(n, ranks): a for n, a in alphas.items() if a != alpha},
     )
 
 

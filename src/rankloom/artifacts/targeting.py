@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Mapping
-from typing import TypeVar
+from collections.abc import Collection
 
 from torch import nn
 
 from rankloom.artifacts.peft_format import target_patterns
 from rankloom.errors import TargetError
-from rankloom.targets import Targets, find_targets, matches, whole_parameters
+from rankloom.targets import Targets, exact_pattern, find_targets, whole_parameters
 
-__all__ = ["exact_patterns", "targets_for"]
-
-T = TypeVar("T")
-
-
-def exact_patterns(values: Mapping[str, T], names: Collection[str]) -> dict[str, T]:
-    """Patterns that select one name each: the name itself, or a regular expression where it would match others too."""
-    return {_exact(name, names): value for name, value in values.items()}
-
-
-def _exact(name: str, names: Collection[str]) -> str:
-    return name if sum(matches(name, other) for other in names) == 1 else f"re:{re.escape(name)}"
+__all__ = ["targets_for"]
 
 
 def targets_for(adapted: Collection[str], whole: Collection[str], model: nn.Module) -> Targets:
@@ -50,7 +37,7 @@ def _train(whole: Collection[str], model: nn.Module) -> tuple[str, ...]:
     modules = tuple(sorted({name.rpartition(".")[0] for name in whole}))
     if all(modules) and whole_parameters(model, Targets(train=modules), []).keys() == set(whole):
         return modules
-    return tuple(_exact(name, everything) for name in sorted(whole))
+    return tuple(exact_pattern(name, everything) for name in sorted(whole))
 
 
 def _selects(settings: Targets, adapted: Collection[str], whole: Collection[str], model: nn.Module) -> bool:

@@ -1,21 +1,23 @@
-"""Leading components of every target's input activations, streamed over batches (incremental PCA, as EVA uses it)."""
+"""Statistics of every target's input activations, streamed over batches: leading components (EVA), covariances (CorDA)."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from rankloom.calibration.data import Calibration, batches_of, quiet
+from rankloom.calibration.data import Calibration, all_reduce, batches_of, quiet
 from rankloom.errors import DataError, TargetError
 from rankloom.linalg import randomized_svd, truncated_svd
 from rankloom.targets import Conv2dLayer, EmbeddingLayer, Target
 
-__all__ = ["ActivationComponents", "activation_components"]
+__all__ = ["ActivationComponents", "activation_components", "activation_covariances"]
+
+T_co = TypeVar("T_co", covariant=True)
 
 
 @dataclass
@@ -85,7 +87,28 @@ def default_mask(batch: Any) -> Tensor | None:
     return None if mask is None else mask.bool()
 
 
-@torch.no_grad()
+class _Covariance:
+    """``sum x x^T`` (in, in) and the number of rows."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.total, self.tokens = like.new_zeros(like.shape[1], like.shape[1]), 0
+
+    def add(self, x: Tensor) -> None:
+        """Add rows (tokens, in)."""
+        self.total.addmm_(x.mT, x)
+        self.tokens += len(x)
+
+    def result(self) -> Tensor:
+        count = all_reduce(self.total.new_tensor(float(self.tokens)))
+        return all_reduce(self.total) / count
+
+
+class _Fit(Protocol[T_co]):
+    def add(self, x: Tensor) -> None: ...
+
+    def result(self) -> T_co: ...
+
+
 def activation_components(
     model: nn.Module,
     targets: list[Target],
@@ -104,11 +127,35 @@ def activation_components(
         DataError: no data, or no token that counts.
         TargetError: an embedding or a convolution, whose inputs are not rows of activations.
     """
+    return _streamed(
+        model,
+        targets,
+        calibration,
+        lambda x: _IncrementalPCA(components, center, torch.Generator().manual_seed(seed)),
+    )
+
+
+def activation_covariances(model: nn.Module, targets: list[Target], calibration: Calibration) -> dict[str, Tensor]:
+    """``C = mean x x^T`` (in, in) of every target's inputs, over the tokens that count and over all ranks; not centred.
+
+    Memory: one (in, in) matrix for every distinct input. Sharing, dtype and errors as :func:`activation_components`.
+    """
+    return _streamed(model, targets, calibration, _Covariance)
+
+
+@torch.no_grad()
+def _streamed(
+    model: nn.Module, targets: list[Target], calibration: Calibration, make: Callable[[Tensor], _Fit[T_co]]
+) -> dict[str, T_co]:
+    """Feed every distinct input, rows that count, to a fit of its own (``make(rows)``); its result for every target."""
     for target in targets:
         if isinstance(target.layer, EmbeddingLayer | Conv2dLayer):
-            raise TargetError(f"{target.name} is no linear layer: activation components need linear targets")
+            raise TargetError(
+                f"{target.name} is no linear layer, so its inputs are no rows of activations: leave it out of targets, or "
+                f"use an init that does not look at activations"
+            )
     leaders: dict[str, str] = {}
-    fits: dict[str, _IncrementalPCA] = {}
+    fits: dict[str, _Fit[T_co]] = {}
     seen: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # by identity: an address alone is reused within one forward
     mask: list[Tensor | None] = [None]
 
@@ -123,9 +170,10 @@ def activation_components(
             rows = x[mask[0]] if mask[0] is not None and mask[0].shape == x.shape[:-1] else x.reshape(-1, x.shape[-1])
             if len(rows) == 0:
                 return
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
             if target.name not in fits:
-                fits[target.name] = _IncrementalPCA(components, center, torch.Generator().manual_seed(seed))
-            fits[target.name].add(rows.to(torch.promote_types(rows.dtype, torch.float32)))
+                fits[target.name] = make(rows)
+            fits[target.name].add(rows)
 
         return hook
 

@@ -14,7 +14,7 @@ from rankloom.errors import GradientError
 from rankloom.linalg import truncated_svd
 from rankloom.targets import Layer, Target
 
-__all__ = ["GradientReport", "exact_gradients", "gradient_svd"]
+__all__ = ["GradientReport", "exact_gradients", "full_gradients", "gradient_svd"]
 
 
 @dataclass
@@ -27,6 +27,10 @@ class GradientReport:
     tokens: float
     captured: float
     svds: dict[str, GradientSVD] = field(repr=False)
+
+    def summary(self) -> dict[str, float]:
+        """Everything but the triplets."""
+        return {key: value for key, value in vars(self).items() if key != "svds"}
 
 
 def gradient_svd(
@@ -84,14 +88,13 @@ def gradient_svd(
     return GradientReport(time.perf_counter() - begin, done, loss, tokens, captured, svds)
 
 
-def exact_gradients(
-    model: nn.Module, targets: list[Target], calibration: Calibration, *, rank: int | None = None
-) -> tuple[dict[str, Tensor], GradientReport]:
-    """The full gradients (out, in) themselves in float32 or wider, one pass, and their exact triplets: the sketch's oracle.
+def full_gradients(
+    model: nn.Module, targets: list[Target], calibration: Calibration
+) -> tuple[dict[str, Tensor], float, float]:
+    """The full gradients (out, in) of the token-mean loss in float32 or wider, the loss, and the tokens: one pass.
 
-    Memory: one full gradient copy of every target.
+    Memory: one full gradient of every target.
     """
-    begin = time.perf_counter()
     sums = {
         t.name: torch.zeros(t.shape, dtype=torch.promote_types(t.layer.dtype, torch.float32), device=t.layer.device)
         for t in targets
@@ -102,13 +105,22 @@ def exact_gradients(
         sums[name].add_(_full_gradient(layers[name], x, grad), alpha=weight)
 
     loss, tokens = run_pass(model, targets, calibration, sink)
-    gradients = {name: all_reduce(total).div_(tokens) for name, total in sums.items()}
-    svds = {}
-    for name, gradient in gradients.items():
-        if not torch.isfinite(gradient).all():
+    for name, total in sums.items():
+        if not torch.isfinite(all_reduce(total).div_(tokens)).all():
             raise GradientError(
                 f"the calibration gradient of {name} is not finite: check the data and the model's dtype"
             )
+    return sums, loss, tokens
+
+
+def exact_gradients(
+    model: nn.Module, targets: list[Target], calibration: Calibration, *, rank: int | None = None
+) -> tuple[dict[str, Tensor], GradientReport]:
+    """:func:`full_gradients` and their exact triplets: the sketch's oracle."""
+    begin = time.perf_counter()
+    gradients, loss, tokens = full_gradients(model, targets, calibration)
+    svds = {}
+    for name, gradient in gradients.items():
         u, s, v = truncated_svd(gradient, rank or min(gradient.shape))
         energy, total2 = float(s.square().sum()), float(gradient.square().sum())
         svds[name] = GradientSVD(u, s, v, 1.0, energy / total2 if total2 else 1.0, 1)

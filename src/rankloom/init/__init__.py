@@ -1,7 +1,29 @@
 """How adapters start, and from which evidence."""
 
+from rankloom.init.activation_svd import ActivationSVD
 from rankloom.init.base import InitContext, InitPart
+from rankloom.init.covariance_svd import CovarianceSVD
+from rankloom.init.gradient_blocks import GradientBlocks
 from rankloom.init.one_step import OneStepGradient
+from rankloom.init.quantization_residual import QuantizationResidual
 from rankloom.init.random import AsStored, Gaussian, Kaiming
+from rankloom.init.update_svd import UpdateSVD
+from rankloom.init.weight_qr import WeightQR
+from rankloom.init.weight_svd import WeightSubspace, WeightSVD
 
-__all__ = ["AsStored", "Gaussian", "InitContext", "InitPart", "Kaiming", "OneStepGradient"]
+__all__ = [
+    "ActivationSVD",
+    "AsStored",
+    "CovarianceSVD",
+    "Gaussian",
+    "GradientBlocks",
+    "InitContext",
+    "InitPart",
+    "Kaiming",
+    "OneStepGradient",
+    "QuantizationResidual",
+    "UpdateSVD",
+    "WeightQR",
+    "WeightSVD",
+    "WeightSubspace",
+]

@@ -35,14 +35,29 @@ class InitContext:
 class InitPart(Part):
     """Settings and algorithm of a start.
 
-    ``evidence`` names what it looks at, ``moves_output`` whether the paper leaves the pretrained function at step 0.
+    ``evidence`` names what it looks at. ``offset``: the start is subtracted again, ``delta = s (B A - B0 A0)``, so that the
+    pretrained function stays while the factors do not start at zero.
     """
 
     evidence: ClassVar[Literal["none", "weight", "gradient", "activations"]] = "none"
-    moves_output: ClassVar[bool] = False
+    offset: ClassVar[bool] = False
+
+    @property
+    def moves_output(self) -> bool:
+        """Whether the function at step 0 is, on purpose, not the pretrained one."""
+        return False
+
+    @property
+    def offers(self) -> frozenset[str]:
+        # What an offset subtracts stays subtracted when a schedule zeroes a component: pruning would cut into W itself.
+        return frozenset() if self.offset else frozenset({"a start without offset"})
 
     def gather(self, model: nn.Module, bindings: list[Binding], calibration: Calibration, seed: int) -> Any:
         """Collect the evidence; the model carries no adapters yet. Called only where ``evidence`` needs data."""
+        return None
+
+    def ranks(self, bindings: list[Binding], evidence: Any) -> dict[str, int] | None:
+        """Ranks by target that the evidence asks for, 0 for none at all; None where they stay as the recipe has them."""
         return None
 
     def apply(self, context: InitContext) -> None:

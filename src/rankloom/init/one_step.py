@@ -52,7 +52,10 @@ class OneStepGradient(InitPart):
     grid: tuple[float, ...] = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
 
     evidence: ClassVar[Literal["none", "weight", "gradient", "activations"]] = "gradient"
-    moves_output: ClassVar[bool] = True
+
+    @property
+    def moves_output(self) -> bool:
+        return True
 
     @property
     def needs(self) -> frozenset[str]:
@@ -84,42 +87,26 @@ class OneStepGradient(InitPart):
         gathered: GradientReport = context.evidence
         unit = 1.0 if self.gamma == "auto" else self.gamma
         dead = {b.name: self._write(b, gathered.svds[b.name], unit, context) for b in context.bindings}
-        context.report.update(
-            seconds=gathered.seconds,
-            passes=gathered.passes,
-            loss=gathered.loss,
-            tokens=gathered.tokens,
-            captured=gathered.captured,
-            dead_directions={name: count for name, count in dead.items() if count},
-        )
+        context.report.update(gathered.summary(), dead_directions={n: count for n, count in dead.items() if count})
         if self.gamma == "auto":
             self._line_search(context)
 
     def _write(self, binding: Binding, svd: GradientSVD, gamma: float, context: InitContext) -> int:
         adapter: LowRankAdapter = binding.adapter
         u, s, v = svd.top(adapter.rank)
-        adapter.A.copy_(kaiming_rows(adapter.A, binding.layer, context.generator(binding)))
-        adapter.B.zero_()
-        if adapter.E is not None:
-            adapter.E.fill_(1.0)
-        live = int((s > max(self.dead * float(s[0]), torch.finfo(s.dtype).tiny)).sum())
-        if live:
-            b, a = spectral_factors(-u[:, :live], s[:live], v[:, :live], gamma)
-            adapter.B[:, :live] = b.to(adapter.B.dtype)
-            adapter.A[:live] = a.to(adapter.A.dtype)
-        return adapter.rank - live
+        live = s > max(self.dead * float(s[0]), torch.finfo(s.dtype).tiny)
+        spare = kaiming_rows(adapter.A, binding.layer, context.generator(binding)).to(v)
+        values = torch.where(live, s, 0) / s[0].clamp(min=torch.finfo(s.dtype).tiny) / gamma
+        adapter.start(-u, values, torch.where(live[:, None], v.mT, spare))
+        return adapter.rank - int(live.sum())
 
     def _line_search(self, context: InitContext) -> None:
         """The gamma of the grid with the lowest calibration loss: one forward pass over the data each."""
         assert context.loss is not None
-        start = {b.name: (b.adapter.A.clone(), b.adapter.B.clone()) for b in context.bindings}
-        live = {b.name: b.adapter.B.abs().sum(0) > 0 for b in context.bindings}
 
         def set_gamma(gamma: float) -> None:
             for b in context.bindings:
-                a, up = start[b.name]
-                b.adapter.B.copy_(up / gamma**0.5)
-                b.adapter.A.copy_(torch.where(live[b.name][:, None], a / gamma**0.5, a))
+                self._write(b, context.evidence.svds[b.name], gamma, context)
                 b.adapter.initialized(b.layer)
 
         losses: dict[float, float] = {}

@@ -12,7 +12,7 @@ from rankloom.init.base import InitContext, InitPart
 from rankloom.parts import part
 from rankloom.targets import EmbeddingLayer, Layer
 
-__all__ = ["AsStored", "Gaussian", "Kaiming", "kaiming_rows"]
+__all__ = ["AsStored", "Gaussian", "Kaiming", "kaiming_rows", "start_at_zero"]
 
 
 def kaiming_rows(like: Tensor, layer: Layer, generator: torch.Generator) -> Tensor:
@@ -24,10 +24,21 @@ def kaiming_rows(like: Tensor, layer: Layer, generator: torch.Generator) -> Tens
     return cpu.uniform_(-bound, bound, generator=generator)
 
 
+def start_at_zero(adapter: LowRankAdapter, rows: Tensor, generator: torch.Generator) -> None:
+    """``delta = 0`` on given rows (r, in): ``B = 0``, or, where ``B`` is frozen, a zero core before random columns.
+
+    The columns are ``N(0, 1 / out)``, orthonormal in expectation.
+    """
+    columns = torch.randn(adapter.B.shape, generator=generator, dtype=adapter.B.dtype) * len(adapter.B) ** -0.5
+    adapter.start(columns, torch.zeros(adapter.rank, dtype=adapter.B.dtype), rows)
+
+
 @part("init", "kaiming")
 @dataclass(frozen=True)
 class Kaiming(InitPart):
-    """LoRA's start (2106.09685): ``A ~ U(-1/sqrt(in), 1/sqrt(in))``, ``B = 0``; a diagonal core starts at one.
+    """LoRA's start (2106.09685): ``A ~ U(-1/sqrt(in), 1/sqrt(in))``, ``B = 0``; a core starts at one.
+
+    Where ``B`` is frozen it is random as well, and the core starts at zero.
 
     On an embedding ``A`` is standard normal, where the released code has ``A = 0`` and ``B`` normal: the same delta, zero,
     and the factor that starts at zero is again the one on the output side.
@@ -39,17 +50,14 @@ class Kaiming(InitPart):
 
     def apply(self, context: InitContext) -> None:
         for binding in context.bindings:
-            adapter: LowRankAdapter = binding.adapter
-            adapter.A.copy_(kaiming_rows(adapter.A, binding.layer, context.generator(binding)))
-            adapter.B.zero_()
-            if adapter.E is not None:
-                adapter.E.fill_(1.0)
+            generator = context.generator(binding)
+            start_at_zero(binding.adapter, kaiming_rows(binding.adapter.A, binding.layer, generator), generator)
 
 
 @part("init", "gaussian")
 @dataclass(frozen=True)
 class Gaussian(InitPart):
-    """``A, B ~ N(0, std^2)`` with a diagonal core at zero (AdaLoRA, 2303.10512); without a core ``B = 0``."""
+    """``A, B ~ N(0, std^2)`` with the core at zero (AdaLoRA, 2303.10512); without a core ``B = 0``."""
 
     std: float = 0.02
 
@@ -61,12 +69,9 @@ class Gaussian(InitPart):
         for binding in context.bindings:
             adapter: LowRankAdapter = binding.adapter
             generator = context.generator(binding)
-            adapter.A.copy_(torch.randn(adapter.A.shape, generator=generator) * self.std)
-            if adapter.E is None:
-                adapter.B.zero_()
-            else:
-                adapter.B.copy_(torch.randn(adapter.B.shape, generator=generator) * self.std)
-                adapter.E.zero_()
+            a = torch.randn(adapter.A.shape, generator=generator) * self.std
+            b = torch.randn(adapter.B.shape, generator=generator) * self.std
+            adapter.write(torch.zeros_like(b) if adapter.core is None else b, a, torch.zeros(adapter.rank))
 
 
 @part("init", "as-stored")

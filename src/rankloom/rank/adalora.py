@@ -156,7 +156,7 @@ class AdaLoRA(RankPart):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"ranked components"})
+        return frozenset({"ranked components", "a start without offset"})
 
     def check(self) -> None:
         if self.target_rank < 0 or self.interval < 1:
