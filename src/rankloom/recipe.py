@@ -71,7 +71,7 @@ class Recipe:
     def _impossible(self, slot: str, part: Part, need: str) -> str:
         instead = [f"{s} {hint!r}" for s in SLOTS for hint in _offering(s, need)]
         return (
-            f"{slot} {part.kind!r} needs {need}, which adapter {self.adapter.kind!r} does not have; "
+            f"{slot} {part.kind!r} needs {need}, which adapter {_variant(self.adapter)!r} does not have; "
             f"it works with {', '.join(instead) or 'no registered part'}"
         )
 
@@ -161,12 +161,24 @@ def _line(part: Part) -> str:
 _VARIANTS: dict[str, list[dict[str, Any]]] = {"lora": [{}, {"core": "diagonal"}], "dora": [{}, {"core": "diagonal"}]}
 
 
+def _variant(part: Part) -> str:
+    """A part's kind, with its setting where that decides what it offers."""
+    for settings in _VARIANTS.get(part.kind, [])[1:]:
+        if all(getattr(part, key) == value for key, value in settings.items()):
+            return _shown(part.kind, settings)
+    return part.kind
+
+
+def _shown(kind: str, settings: Mapping[str, Any]) -> str:
+    return kind + "".join(f"({key}={value})" for key, value in settings.items())
+
+
 def _offering(slot: str, need: str) -> list[str]:
     """Kinds of a slot that offer a capability, with the setting that makes them do so."""
     found = []
     for kind, cls in kinds(slot).items():
         for settings in _VARIANTS.get(kind, [{}]):
             if need in cls(**settings).offers:
-                found.append(kind + "".join(f"({k}={v})" for k, v in settings.items()))
+                found.append(_shown(kind, settings))
                 break
     return found

@@ -116,7 +116,8 @@ class LoRA(AdapterPart):
 
     @property
     def offers(self) -> frozenset[str]:
-        return frozenset({"factors", "ranked components"} if self.core == "diagonal" else {"factors"})
+        # Preconditioners rest on delta = s B A: with a core between the factors they would need other formulas.
+        return frozenset({"factors", "ranked components" if self.core == "diagonal" else "trained pairs"})
 
     def check(self) -> None:
         if min([self.rank, *self.rank_pattern.values()]) < 1:
