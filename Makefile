@@ -29,5 +29,6 @@ lint: setup
 
 bench: setup
 	$(BIN)/python bench/step_overhead.py --json bench/results/step_overhead.json
+	$(BIN)/python bench/preconditioners.py --json bench/results/preconditioners.json
 	$(BIN)/python bench/sketch.py --json bench/results/sketch.json
 	$(BIN)/python bench/attach.py --json bench/results/attach.json

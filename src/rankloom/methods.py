@@ -22,7 +22,7 @@ from rankloom.init import (
     WeightSubspace,
     WeightSVD,
 )
-from rankloom.optim import Projected
+from rankloom.optim import ALLoRA, LoRAPlus, LoRAPro, Projected, Riemannian
 from rankloom.rank import AdaLoRA
 from rankloom.recipe import Recipe
 from rankloom.targets import Targets
@@ -75,7 +75,40 @@ TABLE: dict[str, Method] = {
         "LoRA that starts as the best rank-r step along one full negative gradient.",
         deviations="the released code averages micro-batch means with dropout on and takes the first examples; here the mean "
         "is over tokens, without dropout. Triplets come from a three-pass streamed sketch (init.method='exact' for the full "
-        "gradient). Directions without gradient start as LoRA's.",
+        "gradient). Directions without gradient start as LoRA's. The theory's preconditioner (eq. 9), which Algorithm 1 leaves "
+        "out, is with_(optimizer='riemannian').",
+    ),
+    "lora-plus": Method(
+        Recipe(adapter=LoRA(rank=8, alpha=16), optimizer=LoRAPlus(lr_ratio=16)),
+        "LoRA+: Efficient Low Rank Adaptation of Large Models",
+        "arXiv 2402.12354",
+        "LoRA whose B learns 16 times faster than A.",
+        deviations="weight decay never acts on vectors (the released code lets DoRA's magnitudes decay).",
+    ),
+    "riemannian": Method(
+        Recipe(adapter=LoRA(rank=8, alpha=16), optimizer=Riemannian(eps=1e-6)),
+        "Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models",
+        "arXiv 2402.02347",
+        "Each factor's gradient over the other's r x r Gram matrix, fed to AdamW (inner='sgd': scaled gradient descent).",
+        deviations="both factors step from the old ones, as in the paper; the released AdamW moves A first "
+        "(optimizer.order='gauss-seidel'). Adam's moments are bias-corrected; decay comes before the step.",
+    ),
+    "lora-pro": Method(
+        Recipe(adapter=LoRA(rank=8, alpha=16, scaling="rslora"), optimizer=LoRAPro()),
+        "LoRA-Pro: Are Low-Rank Adapters Properly Optimized?",
+        "arXiv 2407.18242",
+        "The pair's gradients that come closest to the full gradient, in closed form, fed to AdamW.",
+        deviations="AdamW's moments are of the adjusted gradients; the paper's main form has them in full size "
+        "(optimizer.moments='full'). Every layer's own scale is used (the released code has 2 whatever the setting), embeddings "
+        "are adjusted too, damping is relative to the Gram's trace.",
+    ),
+    "allora": Method(
+        Recipe(adapter=LoRA(rank=8, alpha=8), optimizer=ALLoRA(eta=2)),
+        "ALLoRA: Adaptive Learning Rate Mitigates LoRA Fatal Flaws",
+        "arXiv 2410.09692",
+        "No dropout, no scaling factor; the gradient of a row of B grows as the row is smaller.",
+        deviations="partly reconstructed, as no code was released: the coefficient acts on B's rows only, before AdamW "
+        "(optimizer.acts_on='direction' for after it), and eta = 2 is others' default.",
     ),
     "dora-one": Method(
         Recipe(adapter=DoRA(rank=8, alpha=16, scaling="rslora"), init=OneStepGradient(gamma=128)),

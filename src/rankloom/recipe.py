@@ -73,7 +73,7 @@ class Recipe:
         lacking = next(iter(offering), "adapter")
         instead = [f"{s} {hint!r}" for s, found in offering.items() for hint in found]
         return (
-            f"{slot} {part.kind!r} needs {need}, which {lacking} {self.parts()[lacking].kind!r} does not have; "
+            f"{slot} {part.kind!r} needs {need}, which {lacking} {_variant(self.parts()[lacking])!r} does not have; "
             f"it works with {', '.join(instead) or 'no registered part'}"
         )
 
@@ -189,7 +189,21 @@ def _line(part: Part) -> str:
     return f"{part.kind}({', '.join(changed)})  # {summary}"
 
 
-_VARIANTS: dict[str, list[dict[str, Any]]] = {kind: [{}, {"core": "diagonal"}] for kind in ("lora", "dora")}
+_VARIANTS: dict[str, list[dict[str, Any]]] = {
+    kind: [{}, {"core": "diagonal"}, {"core": "square", "train": "core"}, {"train": "B"}] for kind in ("lora", "dora")
+}
+
+
+def _variant(part: Part) -> str:
+    """A part's kind, with its setting where that decides what it offers."""
+    for settings in _VARIANTS.get(part.kind, [])[1:]:
+        if all(getattr(part, key) == value for key, value in settings.items()):
+            return _shown(part.kind, settings)
+    return part.kind
+
+
+def _shown(kind: str, settings: Mapping[str, Any]) -> str:
+    return kind + (f"({', '.join(f'{key}={value}' for key, value in settings.items())})" if settings else "")
 
 
 def _offering(slot: str, need: str) -> list[str]:
@@ -198,6 +212,6 @@ def _offering(slot: str, need: str) -> list[str]:
     for kind, cls in kinds(slot).items():
         for settings in _VARIANTS.get(kind, [{}]):
             if need in cls(**settings).offers:
-                found.append(kind + "".join(f"({k}={v})" for k, v in settings.items()))
+                found.append(_shown(kind, settings))
                 break
     return found

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.parts import Part
-from rankloom.targets import Layer, Target
+from rankloom.targets import EmbeddingLayer, Layer, Target
 
 __all__ = ["Adapter", "AdapterPart", "Binding", "Dtype", "Trainable", "adapter_dtype"]
 
@@ -29,6 +29,7 @@ class Adapter(nn.Module, ABC):
     needs_base: ClassVar[Literal["never", "init", "merge", "every_step"]] = "never"
     seeded: ClassVar[bool] = False
     shares_input: ClassVar[bool] = False  # offers `fuses` and `linear`
+    scale: float = 1.0  # the factor s on the product of the factors, where there are factors
     roles: ClassVar[dict[str, str]] = {}  # parameter name -> role, for optimizers that treat factors differently
 
     @abstractmethod
@@ -59,12 +60,17 @@ class AdapterPart(Part):
 
 
 class Trainable(NamedTuple):
-    """A tensor the optimizer moves: full name, parameter, its role (``A``, ``B``, ``dense``, ``whole`` ...), its target."""
+    """A tensor the optimizer moves: full name, parameter, its role (``A``, ``B``, ``dense``, ``whole`` ...), its target.
+
+    ``scale`` is the adapter's ``s``; ``lookup`` says that the target is a look-up table, indexed instead of multiplied.
+    """
 
     name: str
     parameter: nn.Parameter
     role: str
     target: str | None
+    scale: float = 1.0
+    lookup: bool = False
 
 
 @dataclass(eq=False)
@@ -86,8 +92,11 @@ class Binding:
 
     def trainables(self) -> list[Trainable]:
         """The adapter's trainable tensors."""
-        roles = self.adapter.roles
-        return [Trainable(f"{self.name}.{n}", p, roles[n], self.name) for n, p in self.adapter.named_parameters()]
+        roles, scale, lookup = self.adapter.roles, self.adapter.scale, isinstance(self.layer, EmbeddingLayer)
+        return [
+            Trainable(f"{self.name}.{n}", p, roles[n], self.name, scale, lookup)
+            for n, p in self.adapter.named_parameters()
+        ]
 
 
 def adapter_dtype(setting: Dtype, layer: Layer) -> torch.dtype:

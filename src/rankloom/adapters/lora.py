@@ -226,8 +226,11 @@ class LoRA(AdapterPart):
 
     @property
     def offers(self) -> frozenset[str]:
-        ranked = self.core == "diagonal" and self.train == "all"
-        return frozenset({"factors", "ranked components"} if ranked else {"factors"})
+        if self.train != "all":
+            return frozenset({"factors"})
+        # Preconditioners rest on delta = s B A: with a core between the factors they would need other formulas.
+        more = {"identity": {"trained pairs"}, "diagonal": {"ranked components"}, "square": set[str]()}
+        return frozenset({"factors", *more[self.core]})
 
     def check(self) -> None:
         if min([self.rank, *self.rank_pattern.values()]) < 1:

@@ -1,5 +1,16 @@
-"""Pure tensor functions: orthonormal bases, truncated and randomised SVD. No modules, no state."""
+"""Pure tensor functions: orthonormal bases, truncated and randomised SVD, small Gram matrices. No modules, no state."""
 
+from rankloom.linalg.spd import damped, spd_inverse, spd_sylvester
 from rankloom.linalg.svd import best_rank, leading_svd, orthonormal, randomized_svd, truncated_svd, two_sided_svd
 
-__all__ = ["best_rank", "leading_svd", "orthonormal", "randomized_svd", "truncated_svd", "two_sided_svd"]
+__all__ = [
+    "best_rank",
+    "damped",
+    "leading_svd",
+    "orthonormal",
+    "randomized_svd",
+    "spd_inverse",
+    "spd_sylvester",
+    "truncated_svd",
+    "two_sided_svd",
+]

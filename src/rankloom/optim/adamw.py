@@ -8,6 +8,7 @@ import torch
 
 from rankloom.adapters import Trainable
 from rankloom.optim.base import OptimizerPart
+from rankloom.optim.groups import parameter_groups
 from rankloom.parts import part
 
 __all__ = ["AdamW"]
@@ -23,8 +24,5 @@ class AdamW(OptimizerPart):
     weight_decay: float = 0.0
 
     def build(self, trainables: list[Trainable], lr: float, weight_decay: float | None = None) -> torch.optim.AdamW:
-        decay = self.weight_decay if weight_decay is None else weight_decay
-        matrices = [t.parameter for t in trainables if t.parameter.ndim > 1]
-        vectors = [t.parameter for t in trainables if t.parameter.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-        return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=self.betas, eps=self.eps, fused=True)
+        groups = parameter_groups(trainables, lr, self.weight_decay if weight_decay is None else weight_decay)
+        return torch.optim.AdamW(groups, lr=lr, betas=self.betas, eps=self.eps, fused=True)
