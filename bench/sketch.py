@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -196,15 +197,16 @@ def main() -> None:
     if args.child:
         child(args.child, args.dtype, args.batches)
         return
-    result: dict[str, Any] = {"provenance": provenance(), "dtype": args.dtype}
+    result = json.loads(Path(args.json).read_text()) if args.json and Path(args.json).is_file() else {}
     parts = {
         "accuracy": lambda: accuracy(args.dtype, args.passes),
         "cost": lambda: cost(args.dtype, args.repeats),
         "runs": lambda: runs(args.dtype, args.steps, args.seeds),
     }
-    for name in args.parts:
-        result[name] = parts[name]()
-        table(result[name], list(result[name][0]))
+    for name in args.parts:  # parts that are not run again stay in the file, each with its own provenance
+        rows = parts[name]()
+        result[name] = {"provenance": provenance(), "dtype": args.dtype, "rows": rows}
+        table(rows, list(rows[0]))
         write(args.json, result)
 
 
