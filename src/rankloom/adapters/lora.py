@@ -74,7 +74,7 @@ class LowRankAdapter(Adapter):
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained tensors among ``A``, ``B``, ``E``, ``R``."""
-        return {name: p for name, p in self.named_parameters() if name in LowRankAdapter.roles}
+        return {name: p for name, p in self._parameters.items() if name in LowRankAdapter.roles and p is not None}
 
     @property
     def core(self) -> Tensor | None:

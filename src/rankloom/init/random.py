@@ -29,8 +29,11 @@ def start_at_zero(adapter: LowRankAdapter, rows: Tensor, generator: torch.Genera
 
     The columns are ``N(0, 1 / out)``, orthonormal in expectation.
     """
-    columns = torch.randn(adapter.B.shape, generator=generator, dtype=adapter.B.dtype) * len(adapter.B) ** -0.5
-    adapter.start(columns, torch.zeros(adapter.rank, dtype=adapter.B.dtype), rows)
+    if "B" in adapter.trained():
+        adapter.write(torch.zeros_like(adapter.B), rows, torch.ones(adapter.rank, dtype=rows.dtype))
+    else:
+        columns = torch.randn(adapter.B.shape, generator=generator, dtype=adapter.B.dtype) * len(adapter.B) ** -0.5
+        adapter.write(columns, rows, torch.zeros(adapter.rank, dtype=rows.dtype))
 
 
 @part("init", "kaiming")
