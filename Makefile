@@ -31,3 +31,4 @@ bench: setup
 	$(BIN)/python bench/step_overhead.py --json bench/results/step_overhead.json
 	$(BIN)/python bench/sketch.py --json bench/results/sketch.json
 	$(BIN)/python bench/attach.py --json bench/results/attach.json
+	$(BIN)/python bench/init_cost.py --json bench/results/init_cost.json

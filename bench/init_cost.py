@@ -72,6 +72,7 @@ def run(who: str, start: str, model: Any, data: Calibration) -> float:
 def memory(who: str, start: str) -> float:
     """Peak MB above the loaded model, in this process."""
     model, data = load("float32")
+    sum(float(p.detach().sum()) for p in model.parameters())  # weights are mapped from disk: read them all in first
     if start == "lora-ga":  # a first backward pass, so that what any training step takes is there already
         model(**data.batches[0]).loss.backward()  # type: ignore[index]
         model.zero_grad()
