@@ -228,6 +228,23 @@ def test_a_pair_without_gradients_stays(name: str) -> None:
 
 
 @every_part
+def test_a_step_that_fails_leaves_weights_and_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = toy()
+    optimizer = PARTS[name].build(of.trainables, 0.05)
+    of.backward()
+    before = of.a.detach().clone(), of.b.detach().clone(), of.a.grad, of.b.grad
+
+    def fail() -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(optimizer.inner, "step", fail)  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="no memory"):
+        optimizer.step()
+    assert torch.equal(of.a, before[0]) and torch.equal(of.b, before[1])
+    assert of.a.grad is before[2] and of.b.grad is before[3]
+
+
+@every_part
 def test_hooks_run_once_and_closures_run(name: str) -> None:
     """torch wraps ``step`` of the class an optimizer is made of: a subclass of AdamW would run its hooks twice."""
     torch.optim.AdamW([nn.Parameter(torch.zeros(1))]).step()

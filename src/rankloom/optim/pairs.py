@@ -70,8 +70,7 @@ def find_pairs(trainables: list[Trainable]) -> list[Pair]:
 
 
 def stacked(pairs: list[Pair], gradients: Mapping[Tensor, Tensor | None]) -> Iterator[tuple[list[Pair], PairStack]]:
-    """Pairs of equal shape side by side, so that a handful of batched products serves a whole model (half the time of
-    going pair by pair for the 210 of SmolLM2-135M, the copies included).
+    """Pairs of equal shape side by side, so that a handful of batched products serves a whole model.
 
     Tensors are in float32 at least: Gram matrices of half-precision factors have no accurate inverse. A pair without both
     gradients is left out.

@@ -96,14 +96,16 @@ class PreconditionedOptimizer(Optimizer):
 
     def _directions(self) -> Gradients:
         """What the inner optimizer would add to each factor: it steps on zeros in the factors' place."""
-        factors = [p for pair in self.pairs for p in pair.factors if p.grad is not None]
-        held = [p.data for p in factors]
-        for parameter in factors:
-            parameter.data = torch.zeros_like(parameter)
-        self.inner.step()
+        held = {p: p.data for pair in self.pairs for p in pair.factors if p.grad is not None}
         moved: Gradients = {p: None for pair in self.pairs for p in pair.factors}
-        for parameter, data in zip(factors, held, strict=True):
-            moved[parameter], parameter.data = parameter.data, data
+        try:
+            for parameter in held:
+                parameter.data = torch.zeros_like(parameter)
+            self.inner.step()
+            moved.update({p: p.data for p in held})
+        finally:
+            for parameter, data in held.items():
+                parameter.data = data
         return moved
 
     def _write(self, moves: Gradients) -> None:
