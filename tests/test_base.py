@@ -25,8 +25,8 @@ def stored(model: nn.Module) -> set[str]:
     return {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and is_quantized(m.weight)}
 
 
-def llama(**sizes: Any) -> nn.Module:
-    return zoo.build("llama", dtype=torch.float32, **{"hidden_size": 32, "intermediate_size": 64, **sizes})
+def llama(dtype: torch.dtype = torch.bfloat16, **sizes: Any) -> nn.Module:
+    return zoo.build("llama", dtype=dtype, **{"hidden_size": 32, "intermediate_size": 64, **sizes})
 
 
 def test_as_loaded_changes_nothing() -> None:
@@ -66,7 +66,7 @@ def test_attaching_refuses_a_base_that_is_not_stored_so_and_prepares_nothing() -
     model = llama()
     recipe = rankloom.methods.get("lora").with_(base="torchao-int8")
     with pytest.raises(
-        CompositionError, match=r"q_proj stored in it, not as torch\.float32: call recipe\.base\.prepare"
+        CompositionError, match=r"q_proj stored in it, not as torch\.bfloat16: call recipe\.base\.prepare"
     ):
         rankloom.adapt(model, recipe)
     assert not stored(model)
@@ -94,6 +94,10 @@ def test_weights_that_do_not_fit_are_named_before_anything_changes(part: Any, si
 def test_other_impossible_bases() -> None:
     with pytest.raises(TargetError, match=r"is torch\.float64: base 'torchao-int8' stores float32"):
         TorchaoInt8().prepare(zoo.build("llama"))
+    with pytest.raises(
+        TargetError, match=r"'torchao-int4' stores bfloat16 weights; load the model so \(dtype='bfloat16'\)"
+    ):
+        TorchaoInt4().prepare(llama(torch.float32))
     with pytest.raises(CompositionError, match="this model has none it may change"):
         TorchaoInt8().prepare(zoo.build("gpt2", dtype=torch.float32))
     with pytest.raises(RecipeError, match="must be 32, 64 or 128"):

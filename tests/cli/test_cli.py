@@ -83,14 +83,22 @@ def test_a_run_over_a_quantised_base(
     kind: str, tmp_path: Path, capfd: Capture, tiny_llama: Path, tiny_reviews: Path
 ) -> None:
     pytest.importorskip("torchao", reason="torchao is not installed")
-    run = tmp_path / "run"
-    assert main([*train_words(tiny_llama, tiny_reviews, run), "base.kind=" + kind, "--method=lora-one", "--json"]) == 0
+    run, narrow = tmp_path / "run", ["--dtype", "bfloat16"]
+    words = [
+        *train_words(tiny_llama, tiny_reviews, run),
+        "--method",
+        "lora-one",
+        f"base.kind={kind}",
+        *narrow,
+        "--json",
+    ]
+    assert main(words) == 0
     result = json.loads(capfd.readouterr().out)
     manifest = json.loads((run / "adapter" / "manifest.json").read_text())
     assert manifest["recipe"]["base"]["kind"] == kind
     # The run, and its adapter's folder alone, say how the base is stored.
     data = ["--data", str(tiny_reviews), "--json"]
-    for words in (["eval", str(run)], ["eval", str(run / "adapter"), "--model", str(tiny_llama)]):
+    for words in (["eval", str(run)], ["eval", str(run / "adapter"), "--model", str(tiny_llama), *narrow]):
         assert main([*words, *data]) == 0
         captured = capfd.readouterr()
         assert json.loads(captured.out)["loss"] == pytest.approx(result["metrics"]["loss"], rel=1e-6)

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from rankloom.base import TorchaoInt4, TorchaoInt8
+from rankloom.base import TorchaoInt8
 from rankloom.errors import TargetError
 from rankloom.quantized import dense, differentiable, frozen_linear, is_quantized
-from tests.quantized.bases import close
+from tests.quantized.bases import close, packed_int4
 
-BASES = {"int8": TorchaoInt8(), "int4": TorchaoInt4()}
+BASES = {"int8": TorchaoInt8().prepare, "int4": packed_int4}
 every_base = pytest.mark.parametrize("base", BASES)
 
 
@@ -21,7 +21,7 @@ def layer(base: str, dtype: torch.dtype = torch.float32, *, bias: bool = True) -
     """A quantised linear and the weight it was made of."""
     model = nn.Sequential(nn.Linear(96, 48, bias=bias, dtype=dtype))
     original = model[0].weight.detach().clone()
-    BASES[base].prepare(model)
+    BASES[base](model)
     return model[0], original
 
 
@@ -52,7 +52,7 @@ def test_a_weight_reads_as_what_it_stands_for(base: str) -> None:
 def test_packed_weights_wider_than_a_block_of_the_identity() -> None:
     model = nn.Sequential(nn.Linear(2080, 16))  # 2 blocks and a rest
     original = model[0].weight.detach().clone()
-    TorchaoInt4().prepare(model)
+    packed_int4(model)
     assert_nearest_levels("int4", dense(model[0].weight), original)
 
 

@@ -87,7 +87,7 @@ def test_resuming_is_exact_for_every_method(tmp_path: Path, tiny_llama: Path, ti
         {"packing": True, "max_length": 128},
         {"schedule": "cosine"},
         {"overrides": {"base.kind": "torchao-int8"}},
-        {"overrides": {"base.kind": "torchao-int4"}, "gradient_checkpointing": True},
+        {"overrides": {"base.kind": "torchao-int4"}, "dtype": "bfloat16", "gradient_checkpointing": True},
     ],
 )
 def test_resuming_is_exact_in_other_modes(
