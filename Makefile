@@ -34,4 +34,4 @@ bench: setup
 	$(BIN)/python bench/step_overhead.py --json bench/results/step_overhead.json
 	$(BIN)/python bench/sketch.py --json bench/results/sketch.json
 	$(BIN)/python bench/attach.py --json bench/results/attach.json
-	$(BIN)/python bench/quantized_base.py --json bench/results/quantized_base.json
+	$(BIN)/python bench/quantized_base.py --layers 4 --json bench/results/quantized_base.json

@@ -3,7 +3,7 @@
 Claim: over an int8 base a step needs no dense copy of the weights for the backward pass, which torchao's own autograd keeps
 for every layer at once; packed int4 on a CPU, which autograd cannot differentiate at all, trains.
 
-    python bench/quantized_base.py --json bench/results/quantized_base.json
+    python bench/quantized_base.py --layers 4 --json bench/results/quantized_base.json
 """
 
 from __future__ import annotations
