@@ -4,7 +4,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.rankloom-installed
 PYTHON ?= python3
 
-.PHONY: setup demo test test-all lint bench
+.PHONY: setup demo test test-all lint docs bench
 
 setup: $(STAMP)
 
@@ -27,9 +27,13 @@ test-all: setup
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
+docs: setup
+	$(BIN)/python -m mkdocs build --strict
+
 bench: setup
 	$(BIN)/python bench/step_overhead.py --json bench/results/step_overhead.json
 	$(BIN)/python bench/preconditioners.py --json bench/results/preconditioners.json
 	$(BIN)/python bench/sketch.py --json bench/results/sketch.json
 	$(BIN)/python bench/attach.py --json bench/results/attach.json
 	$(BIN)/python bench/init_cost.py --json bench/results/init_cost.json
+	$(BIN)/python bench/quantized_base.py --layers 4 --json bench/results/quantized_base.json

@@ -26,6 +26,7 @@ from rankloom.drive import Driver
 from rankloom.errors import ArtifactError, CompositionError, RankloomError
 from rankloom.events import Schedule
 from rankloom.init import InitContext
+from rankloom.quantized import route, unroute
 from rankloom.recipe import Recipe
 from rankloom.targets import Target, whole_parameters
 
@@ -52,6 +53,7 @@ class Adaptation:
         self._driver: Driver | None = None
         self._optimizer: Optimizer | None = None
         self._hook: Any = None
+        self._routed: list[nn.Module] = []  # quantised layers without an adapter: gradients have to pass them too
         self._merged: artifacts.MergeState | None = None
         self.attached = False
 
@@ -74,6 +76,7 @@ class Adaptation:
                 self._trained[name] = nn.Parameter(original.detach().clone())
             swap_parameters(self.model, original, self._trained[name])
         attach_modules(self.model, self.bindings)
+        self._routed = route(self.model)
         self.attached = True
         self._watch_forward()
 
@@ -84,6 +87,7 @@ class Adaptation:
         if self.attached:
             if self._hook is not None:
                 self._hook.remove()
+            unroute(self._routed)
             detach_modules(self.bindings)
             for name, original in self._whole.items():
                 swap_parameters(self.model, self._trained[name], original)
@@ -341,7 +345,8 @@ def load(model: nn.Module, path: str | Path, *, force: bool = False) -> Adaptati
     stored = artifacts.read_adapter(Path(path), model)
     if stored.fingerprint is not None and not force:
         artifacts.require_fingerprint(stored.fingerprint, artifacts.fingerprint(model, stored.fingerprint.carried))
-    handle = Adaptation(model, stored.recipe)
+    # Forced onto another base, the recipe's storage is no longer a fact about it.
+    handle = Adaptation(model, stored.recipe.with_(base="as-loaded") if force else stored.recipe)
     handle.attach()
     try:
         handle.load_state_dict(stored.tensors)

@@ -13,7 +13,7 @@ import yaml
 from torch import nn
 
 from rankloom.adapters import AdapterPart, LoRA
-from rankloom.base import AsLoaded
+from rankloom.base import AsLoaded, BasePart
 from rankloom.errors import CompositionError, RecipeError, near_names
 from rankloom.init import InitPart, Kaiming
 from rankloom.lifecycle import Once
@@ -36,7 +36,7 @@ class Recipe:
     rank: RankPart = Fixed()
     optimizer: OptimizerPart = AdamW()
     routing: Part = Single()
-    base: Part = AsLoaded()
+    base: BasePart = AsLoaded()
     lifecycle: Part = Once()
 
     def parts(self) -> dict[str, Part]:
@@ -50,7 +50,8 @@ class Recipe:
             The weights of ``model`` that would be adapted; empty without a model.
 
         Raises:
-            CompositionError: a part needs what no other part offers; names both and what would work instead.
+            CompositionError: a part needs what no other part offers (names both and what would work instead), or the model
+                is not stored as the recipe's base says.
             TargetError: a pattern matches nothing on ``model``, a rank does not fit, a tie is undeclared.
         """
         for part in self.parts().values():
@@ -66,6 +67,7 @@ class Recipe:
             raise CompositionError("the recipe adapts nothing on this model: give targets.modules or targets.train")
         self.adapter.check_on(targets)
         self.optimizer.check_on(targets)
+        self.base.check_on(model, self.targets)
         return targets
 
     def _impossible(self, slot: str, part: Part, need: str) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rankloom.errors import TargetError, near_names
 from rankloom.parts import Part, part
+from rankloom.quantized import dense, frozen_linear, is_quantized
 
 __all__ = [
     "Layer",
@@ -59,8 +60,7 @@ class Layer:
     @property
     def plain(self) -> bool:
         """Whether the weight is an ordinary floating tensor that kernels may multiply with directly."""
-        weight = self.stored
-        return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
+        return not is_quantized(self.stored)
 
     @property
     def ordinary(self) -> bool:
@@ -86,13 +86,14 @@ class Layer:
         return matrix
 
     def weight(self) -> Tensor:
-        """The frozen ``W`` (out, in): detached, dequantised where the storage is quantised; a view where it can be one."""
-        stored = self.stored.detach()
-        if not self.plain:
-            if not hasattr(stored, "dequantize"):
-                raise TargetError(f"cannot read a weight stored as {type(stored).__name__}: it has no dequantize()")
-            stored = stored.dequantize()
-        matrix = self.to_matrix(stored)
+        """The frozen ``W`` (out, in), dense and detached, in the dtype the layer computes in.
+
+        A view where the storage is plain. A quantised weight is dequantised for the caller: use it and let it go.
+
+        Raises:
+            TargetError: a storage that can be neither dequantised nor multiplied with.
+        """
+        matrix = self.to_matrix(dense(self.stored))
         return matrix if self.rows is None else matrix[slice(*self.rows)]
 
     def bias(self) -> Tensor | None:
@@ -105,10 +106,15 @@ class Layer:
         if self._output is not None:
             return self._output
         if self.rows is None:
-            return self._forward(self.module, x)
+            return self._run(x)
         if self.plain:
             return self.apply(x, self.weight())
-        return self._forward(self.module, x)[..., slice(*self.rows)]
+        return self._run(x)[..., slice(*self.rows)]
+
+    def _run(self, x: Tensor) -> Tensor:
+        if not self.plain and self._forward in _ORDINARY:
+            return frozen_linear(x, self.stored, cast(Tensor | None, self.module.bias))
+        return self._forward(self.module, x)
 
     def with_output(self, y: Tensor) -> Layer:
         """The same layer with its output for the current input known already: slices of one projection share one product."""
@@ -440,7 +446,7 @@ def whole_parameters(model: nn.Module, settings: Targets, targets: list[Target])
     """Parameters that ``settings.train`` asks to train whole, by their first name, without the adapted weights.
 
     Raises:
-        TargetError: a pattern that matches no parameter and no module with parameters.
+        TargetError: a pattern that matches no parameter and no module with parameters, or a quantised weight.
     """
     adapted = {id(target.layer.stored) for target in targets}
     first = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -453,4 +459,10 @@ def whole_parameters(model: nn.Module, settings: Targets, targets: list[Target])
             _select(pattern, list(everything), "train")
         whole = [everything[name] for name in inside if id(everything[name]) not in adapted]
         found.update({first[id(parameter)]: parameter for parameter in whole})
+    for name, parameter in found.items():
+        if is_quantized(parameter):
+            raise TargetError(
+                f"{name} is stored as {type(parameter.data).__name__} and cannot be trained whole: keep it in a floating "
+                f"dtype (base.exclude), or adapt it instead of training it"
+            )
     return found

@@ -78,6 +78,36 @@ def test_train_eval_generate_export(tmp_path: Path, capfd: Capture, tiny_llama: 
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("kind", ["torchao-int8", "torchao-int4"])
+def test_a_run_over_a_quantised_base(
+    kind: str, tmp_path: Path, capfd: Capture, tiny_llama: Path, tiny_reviews: Path
+) -> None:
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    run, narrow = tmp_path / "run", ["--dtype", "bfloat16"]
+    words = [
+        *train_words(tiny_llama, tiny_reviews, run),
+        "--method",
+        "lora-one",
+        f"base.kind={kind}",
+        *narrow,
+        "--json",
+    ]
+    assert main(words) == 0
+    result = json.loads(capfd.readouterr().out)
+    manifest = json.loads((run / "adapter" / "manifest.json").read_text())
+    assert manifest["recipe"]["base"]["kind"] == kind
+    # The run, and its adapter's folder alone, say how the base is stored.
+    data = ["--data", str(tiny_reviews), "--json"]
+    for words in (["eval", str(run)], ["eval", str(run / "adapter"), "--model", str(tiny_llama), *narrow]):
+        assert main([*words, *data]) == 0
+        captured = capfd.readouterr()
+        assert json.loads(captured.out)["loss"] == pytest.approx(result["metrics"]["loss"], rel=1e-6)
+        assert "torchao" not in captured.err
+    assert main(["export", str(run), str(tmp_path / "merged"), "--format", "merged", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["dequantized"] == 14
+    assert main(["export", str(run), str(tmp_path / "peft")]) == 0
+
+
 def test_a_file_and_options_give_the_same_run(
     tmp_path: Path, capfd: Capture, tiny_llama: Path, tiny_reviews: Path
 ) -> None:

@@ -82,7 +82,16 @@ def test_resuming_is_exact_for_every_method(tmp_path: Path, tiny_llama: Path, ti
     assert events(tmp_path / "whole") == events(resumed)
 
 
-@pytest.mark.parametrize("changes", [{"accumulation": 3}, {"packing": True, "max_length": 128}, {"schedule": "cosine"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"accumulation": 3},
+        {"packing": True, "max_length": 128},
+        {"schedule": "cosine"},
+        {"overrides": {"base.kind": "torchao-int8"}},
+        {"overrides": {"base.kind": "torchao-int4"}, "dtype": "bfloat16", "gradient_checkpointing": True},
+    ],
+)
 def test_resuming_is_exact_in_other_modes(
     tmp_path: Path, tiny_llama: Path, tiny_reviews: Path, changes: dict[str, Any]
 ) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rankloom.attach import Attached
 from rankloom.errors import FingerprintError
+from rankloom.quantized import dense
 
 __all__ = ["Fingerprint", "fingerprint", "require_fingerprint"]
 
@@ -82,8 +83,8 @@ def _digest(tensor: Tensor, values: bool) -> str:
 
 
 def _sample(tensor: Tensor) -> bytes:
-    if type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "dequantize"):
-        tensor = tensor.dequantize()
+    if type(tensor) not in (Tensor, nn.Parameter):
+        tensor = dense(tensor)
     flat, count = tensor.reshape(-1), min(SAMPLES, tensor.numel())
     index = torch.arange(count, device=flat.device) * max(len(flat) - 1, 0) // max(count - 1, 1)
     picked = flat[index].cpu()

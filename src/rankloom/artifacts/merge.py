@@ -62,6 +62,7 @@ class MergeReport:
 
     weights: int
     whole: int
+    dequantized: int
     dtype: str
     drift: Drift | None
     probe: str
@@ -70,9 +71,12 @@ class MergeReport:
 
     def __str__(self) -> str:
         whole = f" and {self.whole} parameters trained whole" if self.whole else ""
+        stored = (
+            f" ({self.dequantized} of them dequantised: their storage cannot hold the sum)" if self.dequantized else ""
+        )
         untied = f", untied {', '.join(self.untied)}" if self.untied else ""
         measured = str(self.drift) if self.drift else "drift not measured: pass probe=a batch"
-        return f"merged {self.weights} weights{whole} into {self.dtype}{untied}: {measured}"
+        return f"merged {self.weights} weights{stored}{whole} into {self.dtype}{untied}: {measured}"
 
 
 @dataclass
@@ -123,6 +127,7 @@ def merge(handle: Handle, probe: Any = None) -> tuple[MergeReport, MergeState]:
     handle.attach()
     inputs, adapted = measured(handle.model, probe)
     weights = merged_weights(handle, wide_delta)
+    dequantized = len({b.target.module_name for b in handle.bindings if not b.layer.plain})
     handle.detach()
     state = fold(handle, weights)
     base = None if adapted is None else outputs(handle.model, inputs)
@@ -133,6 +138,7 @@ def merge(handle: Handle, probe: Any = None) -> tuple[MergeReport, MergeState]:
     report = MergeReport(
         weights=len(weights),
         whole=len(handle.trained_whole()),
+        dequantized=dequantized,
         dtype=", ".join(sorted({str(w.dtype).removeprefix("torch.") for w in weights.values()})) or "nothing",
         drift=drift,
         probe="given" if probe is not None else "random" if drift else "none",

@@ -17,6 +17,7 @@ from rankloom.artifacts.merge import MergeState, merge, unmerge
 from rankloom.artifacts.peft_format import REPORT
 from rankloom.artifacts.store import versions
 from rankloom.errors import ArtifactError
+from rankloom.quantized import dense
 
 __all__ = ["export_merged"]
 
@@ -76,8 +77,8 @@ def _dense(model: nn.Module) -> Iterator[None]:
     state = MergeState([], [])
     for module in model.modules():
         for key, parameter in module._parameters.items():
-            if parameter is not None and type(parameter.data) is not torch.Tensor and hasattr(parameter, "dequantize"):
-                state.parameters.append((module, key, nn.Parameter(parameter.dequantize(), requires_grad=False)))
+            if parameter is not None and type(parameter.data) is not torch.Tensor:
+                state.parameters.append((module, key, nn.Parameter(dense(parameter), requires_grad=False)))
     config: Any = getattr(model, "config", None)
     told = config.__dict__.pop("quantization_config", None)
     quantizer = model.__dict__.pop("hf_quantizer", None)

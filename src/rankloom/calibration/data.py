@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.errors import DataError, GradientError
+from rankloom.quantized import differentiable
 from rankloom.targets import Target
 
 __all__ = ["Calibration", "LossFn", "Sink", "all_reduce", "mean_loss", "quiet", "run_pass", "taps"]
@@ -152,7 +153,7 @@ def run_pass(model: nn.Module, targets: list[Target], calibration: Calibration, 
     """
     weight = 0.0
     totals = torch.zeros(2, dtype=torch.float64)
-    with quiet(model), taps(model, targets, sink, lambda: weight), torch.enable_grad():
+    with quiet(model), differentiable(model), taps(model, targets, sink, lambda: weight), torch.enable_grad():
         for index, batch in enumerate(batches_of(model, calibration)):
             loss, weight = calibration.loss_fn(model, batch)
             if weight == 0:

@@ -1,5 +1,9 @@
-"""Pure tensor functions: orthonormal bases, truncated and randomised SVD, small Gram matrices. No modules, no state."""
+"""Pure tensor functions: orthonormal bases, truncated and randomised SVD, subspace angles, small Gram matrices.
 
+No modules, no state.
+"""
+
+from rankloom.linalg.angles import principal_angles
 from rankloom.linalg.spd import damped, spd_inverse, spd_sylvester
 from rankloom.linalg.svd import best_rank, leading_svd, orthonormal, randomized_svd, truncated_svd, two_sided_svd
 
@@ -8,6 +12,7 @@ __all__ = [
     "damped",
     "leading_svd",
     "orthonormal",
+    "principal_angles",
     "randomized_svd",
     "spd_inverse",
     "spd_sylvester",

@@ -64,6 +64,8 @@ def prepare(config: TrainConfig, say: Callable[[str], None]) -> Prepared:
         config.model, config.task, dtype=config.dtype, labels=rows.labels or None, seed=config.seed, say=say
     )
     _settle(loaded.model, config)
+    recipe = build_recipe(config, loaded.new)
+    recipe.base.prepare(loaded.model, recipe.targets)
     encoder = None
     if loaded.tokenizer is not None:
         encoder = Encoder(loaded.tokenizer, config.max_length, config.append_eos, rows.labels)

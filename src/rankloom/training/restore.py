@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from rankloom.adapt import Adaptation, load
+from rankloom.artifacts import read_adapter
 from rankloom.errors import ArtifactError, DataError, RecipeError
 from rankloom.training.collate import Collator
 from rankloom.training.config import TrainConfig, load_config
@@ -62,6 +63,9 @@ def restore(
     loaded = load_model(config.model, config.task, dtype=config.dtype, labels=labels or None, seed=config.seed, say=say)
     if torch.cuda.is_available():
         loaded.model.to("cuda")
+    if adapter is not None:
+        recipe = read_adapter(adapter, loaded.model).recipe
+        recipe.base.prepare(loaded.model, recipe.targets)
     adaptation = load(loaded.model, adapter, force=force) if adapter is not None and not base else None
     loaded.model.eval()
     return Restored(config, loaded, adaptation, labels)

@@ -7,12 +7,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rankloom.init.one_step import spectral_factors
+from rankloom.linalg import truncated_svd
+
+SINGULAR = torch.tensor([1.0, 0.75, 0.5, 0.25], dtype=torch.float64)  # of Delta, unless a program says otherwise
 
 
 @dataclass(frozen=True)
@@ -50,9 +56,9 @@ def problem(size: int, singular: Tensor, samples: int | None, seed: int = 0) -> 
 
 def spectral_start(model: LinearModel, rank: int, step: float = 1.0) -> tuple[Tensor, Tensor]:
     """LoRA-One's factors by the library's own function: ``B0 A0 = step * N_r``."""
-    u, s, vh = torch.linalg.svd(model.negative)
+    u, s, v = truncated_svd(model.negative, rank)
     # The library normalises by S1; gamma = 1 / (step * S1) undoes that for the theory's form.
-    return spectral_factors(u[:, :rank], s[:rank], vh[:rank].T, gamma=1 / (step * float(s[0])))
+    return spectral_factors(u, s, v, gamma=1 / (step * float(s[0])))
 
 
 def lora_start(model: LinearModel, rank: int, std: float, seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -64,34 +70,51 @@ def lora_start(model: LinearModel, rank: int, std: float, seed: int = 1) -> tupl
     )
 
 
-def descend(
+def lora_ga_start(model: LinearModel, rank: int) -> tuple[Tensor, Tensor]:
+    """LoRA-GA's split (2407.05000): ``A`` from the first r right directions, ``B`` from the next r left ones."""
+    u, _, v = truncated_svd(model.negative, 2 * rank)
+    return u[:, rank:], v[:, :rank].T
+
+
+def iterates(
     model: LinearModel,
     b: Tensor,
     a: Tensor,
     *,
     lr: float,
-    steps: int,
-    tolerance: float = 0.0,
     preconditioned: bool = False,
     ridge: float = 1e-6,
     offset: Tensor | float = 0.0,
-    watch: list[tuple[Tensor, Tensor]] | None = None,
-) -> tuple[Tensor, int]:
-    """Gradient descent on both factors, written out; the final ``B A - offset`` and the steps it took.
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Gradient descent on both factors of ``B A - offset``, written out: the start, then every iterate, without end.
 
-    ``preconditioned``: ``A <- A - lr (B^T B)^-1 dA``, ``B <- B - lr dB (A A^T)^-1`` (the paper's eq. 9).
+    ``preconditioned``: ``A <- A - lr (B^T B)^-1 dA``, ``B <- B - lr dB (A A^T)^-1`` (LoRA-One's eq. 9; 2402.02347).
     """
     eye = ridge * torch.eye(a.shape[0], dtype=a.dtype)
-    for step in range(steps):
-        product = b @ a - offset
-        if model.error(product) <= tolerance:
-            return product, step
-        g = model.gradient(product)
+    while True:
+        yield b, a
+        g = model.gradient(b @ a - offset)
         grad_b, grad_a = g @ a.T, b.T @ g
         if preconditioned:
             grad_a = torch.linalg.solve(b.T @ b + eye, grad_a)
             grad_b = torch.linalg.solve(a @ a.T + eye, grad_b.T).T
         b, a = b - lr * grad_b, a - lr * grad_a
-        if watch is not None:
-            watch.append((b, a))
-    return b @ a - offset, steps
+
+
+def errors(
+    model: LinearModel,
+    b: Tensor,
+    a: Tensor,
+    *,
+    steps: int,
+    tolerance: float = 0.0,
+    offset: Tensor | float = 0.0,
+    **descent: Any,
+) -> list[float]:
+    """Relative errors of ``B A - offset`` at the start and after every step, up to ``steps`` or the ``tolerance``."""
+    found: list[float] = []
+    for b_t, a_t in islice(iterates(model, b, a, offset=offset, **descent), steps + 1):
+        found.append(model.error(b_t @ a_t - offset))
+        if found[-1] <= tolerance:
+            break
+    return found
