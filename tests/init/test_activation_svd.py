@@ -124,12 +124,13 @@ def test_the_budget_goes_to_the_largest_ratios(ratios: dict[str, list[float]], b
 
 def test_redistributed_ranks_are_in_the_recipe_and_survive_saving(tmp_path: Any) -> None:
     model = zoo.build("llama")
-    handle = adapt(model, recipe(rho=2.0), Calibration(zoo.batches("llama")))
+    made = recipe(rho=2.0).with_({"adapter.rank": 2})
+    handle = adapt(model, made, Calibration(zoo.batches("llama")))
     ranks = handle.report["ranks"]
-    assert sum(ranks.values()) == RANK * 14 and len(set(ranks.values())) > 1
+    assert sum(ranks.values()) == 2 * 14 and len(set(ranks.values())) > 1
     for b in handle.bindings:
-        assert b.adapter.rank == ranks[b.name] <= 2 * RANK
-        assert b.adapter.scale == pytest.approx(12 / RANK)  # alpha follows the rank
+        assert b.adapter.rank == ranks[b.name] <= 4
+        assert b.adapter.scale == pytest.approx(12 / 2)  # alpha follows the rank
         assert handle.recipe.adapter.rank_of(b.name) == ranks[b.name]
     zoo.perturb(handle)
     inputs = zoo.batch("llama")
@@ -173,11 +174,14 @@ def test_components_and_ranks_are_pefts(rho: float) -> None:
     assert {b.name: b.adapter.rank for b in ours.bindings} == {
         n: len(m.lora_A["default"].weight) for n, m in layers.items()
     }
+    rows = inputs_of("llama", [b.name for b in ours.bindings], data)
     for b in ours.bindings:
-        a, own = layers[b.name].lora_A["default"].weight.detach(), b.adapter.A.detach()
-        # Subspaces: PEFT's low-rank SVD leaves some of the tail of a flat spectrum in.
-        overlap = float((own @ a.T).square().sum()) / len(a)
-        assert overlap > 0.98, (b.name, overlap)
+        x = (rows[b.name] - rows[b.name].mean(0)).float()
+        best = float(torch.linalg.svdvals(x)[: b.adapter.rank].square().sum())
+        both = (layers[b.name].lora_A["default"].weight.detach(), b.adapter.A.detach())
+        theirs_, own = (float((x @ a.T).square().sum()) / best for a in both)
+        # Both decompose at random with the width of twice the rank, which leaves some of a flat tail in.
+        assert own > 0.98 and abs(own - theirs_) < 0.02, (b.name, own, theirs_)
         assert b.adapter.scale == pytest.approx(layers[b.name].scaling["default"])
 
 
