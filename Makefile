@@ -32,3 +32,4 @@ bench: setup
 	$(BIN)/python bench/preconditioners.py --json bench/results/preconditioners.json
 	$(BIN)/python bench/sketch.py --json bench/results/sketch.json
 	$(BIN)/python bench/attach.py --json bench/results/attach.json
+	$(BIN)/python bench/init_cost.py --json bench/results/init_cost.json

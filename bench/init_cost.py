@@ -148,6 +148,7 @@ def energies(model: Any, data: Calibration, rank: int) -> list[dict[str, Any]]:
 def memory(mode: str, rank: int, batches: int) -> dict[str, float]:
     """MB that a start takes at its peak above the loaded model; in this process."""
     model, data = some_data(batches)
+    sum(float(p.detach().sum()) for p in model.parameters())  # weights are mapped from disk: read them all in first
     reset_peak()
     before = resident_mb()
     attach(mode, model, data, rank)
