@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import rankloom
 from rankloom import Calibration, Recipe
+from rankloom.quantized import dense, is_quantized
 
 VOCAB = 40
 
@@ -230,7 +231,7 @@ def with_reference(recipe: Recipe, model: nn.Module) -> Recipe:
     path = Path(_FILES.name) / f"{len(list(Path(_FILES.name).iterdir()))}.safetensors"
     weights = {}
     for name, tensor in model.state_dict().items():
-        plain = tensor if type(tensor) is Tensor else tensor.dequantize()
+        plain = dense(tensor) if is_quantized(tensor) else tensor
         wide = plain.to(torch.promote_types(plain.dtype, torch.float32))
         weights[name] = wide + 0.01 * torch.randn(wide.shape, generator=generator, dtype=wide.dtype)
     save_file(weights, path)

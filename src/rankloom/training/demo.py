@@ -326,7 +326,7 @@ def _figure(report: Report, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for method, colour in zip(METHODS, ("tab:gray", "tab:blue"), strict=True):
         for trial in report.trials:
             if trial.method == method:
@@ -338,7 +338,6 @@ def _figure(report: Report, path: Path) -> None:
     axes.set_title("SmolLM2-135M, movie-review sentiment")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
