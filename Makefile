@@ -18,11 +18,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m rankloom demo --output demo-out
 
+# One process a core: every test computes on one thread.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-all: setup
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -n auto -m "slow or not slow"
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
