@@ -122,7 +122,7 @@ TASKS = {
             eval_batch_size=20,
             calibration_samples=32,
         ),
-        steps=40,
+        steps=60,
         longest=20,
     ),
     "label-word": Task(
