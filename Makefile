@@ -33,3 +33,4 @@ bench: setup
 	$(BIN)/python bench/sketch.py --json bench/results/sketch.json
 	$(BIN)/python bench/attach.py --json bench/results/attach.json
 	$(BIN)/python bench/init_cost.py --json bench/results/init_cost.json
+	$(BIN)/python bench/gradient_informed.py --json bench/results/gradient_informed.json
