@@ -38,3 +38,4 @@ bench: setup
 	$(BIN)/python bench/attach.py --json bench/results/attach.json
 	$(BIN)/python bench/init_cost.py --json bench/results/init_cost.json
 	$(BIN)/python bench/quantized_base.py --layers 4 --json bench/results/quantized_base.json
+	$(BIN)/python bench/gradient_informed.py --json bench/results/gradient_informed.json

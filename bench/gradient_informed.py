@@ -30,9 +30,10 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -96,12 +97,12 @@ PEFT_SETTINGS: dict[str, dict[str, Any]] = {"pissa": {"lora_alpha": RANK}, "lora
 
 @dataclass(frozen=True)
 class Task:
-    """Model, data and sizes; ``full`` changes the row of full fine-tuning."""
+    """Model, data and sizes; ``longest`` keeps shorter examples only; ``full`` changes the row of full fine-tuning."""
 
     title: str
     config: TrainConfig
     steps: int
-    exclude: tuple[str, ...] = ()
+    longest: int | None = None
     full: tuple[tuple[str, Any], ...] = ()
 
 
@@ -109,20 +110,20 @@ class Task:
 FLOAT32_LINEARS = (("adapter.dtype", "auto"), ("targets.train", ()))
 TASKS = {
     "minilm": Task(
-        "MiniLM (22.7 M), movie-review sentiment, classification head",
+        "MiniLM (22.7 M), movie-review sentiment, linear head on mean tokens",
         TrainConfig(
             model="minilm",
             data="movie-reviews",
             task="sequence-classification",
             dtype="float32",
-            max_length=32,
-            batch_size=8,
-            eval_samples=200,
+            max_length=64,
+            batch_size=16,
+            eval_samples=600,
             eval_batch_size=20,
             calibration_samples=32,
         ),
-        steps=40,
-        exclude=("pooler.dense",),  # reads one token a sentence: no rows for starts from activations
+        steps=60,
+        longest=20,
     ),
     "label-word": Task(
         "SmolLM2-135M, movie-review sentiment, label word",
@@ -134,11 +135,11 @@ TASKS = {
             batch_size=2,
             max_length=160,
             append_eos=False,
-            eval_samples=64,
+            eval_samples=48,
             eval_batch_size=8,
             calibration_samples=6,
         ),
-        steps=20,
+        steps=16,
         full=FLOAT32_LINEARS,
     ),
     "language": Task(
@@ -160,6 +161,24 @@ TASKS = {
 }
 
 
+class MeanPooled(nn.Module):
+    """An encoder's tokens, averaged, under a linear classifier: what a sentence encoder was trained to be read by."""
+
+    def __init__(self, classifier: Any) -> None:
+        super().__init__()
+        self.config, self.encoder = classifier.config, classifier.base_model
+        self.encoder.pooler = None
+        self.classifier = classifier.classifier
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+        """Logits (batch, classes), and the mean cross-entropy where labels are given."""
+        tokens = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        weights = attention_mask[..., None].to(tokens)
+        logits = self.classifier((tokens * weights).sum(1) / weights.sum(1))
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return SimpleNamespace(loss=loss, logits=logits)
+
+
 class Bench:
     """A task's model and data, loaded once, and runs on it."""
 
@@ -178,15 +197,23 @@ class Bench:
     def prepared(self) -> Prepared:
         """The model and the encoded rows."""
         prepared = prepare(self.config, print)
-        if prepared.loaded.new:
+        prepared.train, prepared.validation = self._short(prepared.train), self._short(prepared.validation)
+        if self.config.task == "sequence-classification":
+            model = MeanPooled(prepared.model)
+            prepared.loaded = replace(prepared.loaded, model=model, new=("classifier",))
             fit_head(prepared, self.config)
         return prepared
+
+    def _short(self, examples: Any) -> Any:
+        most = self.task.longest
+        return examples if most is None else [e for e in examples if len(e["input_ids"]) <= most]
 
     @cached_property
     def test(self) -> Any:
         """Rows that no learning rate is chosen on."""
         rows, limit = self.prepared.rows, self.config.eval_samples
-        return encode_split(rows.test, rows, self.prepared.encoder, self.prepared.loaded, limit, print, "test")
+        encoded = encode_split(rows.test, rows, self.prepared.encoder, self.prepared.loaded, limit, print, "test")
+        return self._short(encoded)
 
     def run(self, method: str, lr: float, seed: int, *, search: bool) -> dict[str, Any]:
         """One complete run: held-out figures at the marks (in a search: on validation rows, after the last step only)."""
@@ -248,8 +275,6 @@ class Bench:
             changes = dict(self.task.full if method.row == "full" else method.changes)
             config = config.model_copy(update={"method": method.row, "overrides": changes})
             recipe = build_recipe(config, prepared.loaded.new)
-            if self.task.exclude and method.row != "full":
-                recipe = recipe.with_({"targets.exclude": self.task.exclude})
             made = rankloom.adapt(model, recipe, data if recipe.init.evidence != "none" else None, seed=seed)
             trained = made.parameters()
         head = sum(p.numel() for n in prepared.loaded.new for p in prepared.model.get_submodule(n).parameters())
@@ -266,13 +291,10 @@ class Bench:
         return made, model, optimizer, facts
 
     def _peft(self, start: str, model: nn.Module, data: Calibration, seed: int) -> Any:
-        names = [t.module_name for t in find_targets(model, rankloom.Targets(exclude=self._left_out()))]
+        names = [t.module_name for t in find_targets(model, rankloom.Targets(exclude=self.prepared.loaded.new))]
         torch.manual_seed(seed)
         settings = {"target_modules": names, "modules_to_save": list(self.prepared.loaded.new) or None}
         return theirs(start, model, data, RANK, **settings, **PEFT_SETTINGS[start])
-
-    def _left_out(self) -> tuple[str, ...]:
-        return (*self.task.exclude, *self.prepared.loaded.new)
 
 
 def clip(parameters: list[nn.Parameter]) -> None:
