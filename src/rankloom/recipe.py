@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from torch import nn
 
 from rankloom.adapters import AdapterPart, LoRA
@@ -130,11 +129,15 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """The plain form as YAML."""
+        import yaml  # a fifth of what importing rankloom would take, and most programs read no YAML
+
         return yaml.safe_dump(json.loads(json.dumps(self.to_dict())), sort_keys=False)
 
     @classmethod
     def from_text(cls, text: str) -> Recipe:
         """Read YAML (JSON is YAML)."""
+        import yaml
+
         try:
             plain = yaml.safe_load(text)
         except yaml.YAMLError as error:
