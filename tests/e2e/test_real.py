@@ -58,12 +58,13 @@ def test_smollm2_learns_sentiment_words(tmp_path: Path) -> None:
         model="smollm2-135m",
         data="movie-reviews",
         output=str(tmp_path),
-        steps=16,
-        lr=1e-3,
+        steps=32,
+        lr=3e-4,
         max_length=160,
-        eval_samples=60,
+        eval_samples=120,
         eval_first=True,
         append_eos=False,
     )
     figures = train(config, say=silent, live=False).metrics
-    assert figures["loss"] < 1 and figures["accuracy"] > 0.7
+    # From a loss of 5.9; at 120 rows an accuracy has a standard error of 3 to 4 points.
+    assert figures["loss"] < 0.7 and figures["accuracy"] > 0.75
