@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from rankloom.adapters import Binding
 from rankloom.errors import TargetError
-from rankloom.kernels import lowrank_linears
 
 __all__ = ["Attached", "attach_modules", "detach_modules", "refuse_attached", "swap_parameters"]
 
@@ -66,7 +65,7 @@ class _Sibling(_Whole):
         group = [self, *self.others]
         if not all(member.adapter.fuses(x, member.layer) for member in group):
             return super().__call__(x)
-        outs = lowrank_linears(x, [member.adapter.linear(member.layer) for member in group])
+        outs = self.adapter.together(x, [(member.adapter, member.layer) for member in group])
         for other, out in zip(self.others, outs[1:], strict=True):
             other.left = (x, x._version, out)
         return outs[0]

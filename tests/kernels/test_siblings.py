@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import rankloom
 from rankloom.attach import _Sibling
-from rankloom.kernels import Linear, lowrank_linears
+from rankloom.kernels import Linear, dora_linears, lowrank_linears
 
 
 class Projections(nn.Module):
@@ -66,7 +66,7 @@ def out_of_order(m: Projections, x: Tensor) -> Tensor:
 USES = [together, other_inputs, changed_between, one_unused, called_twice, out_of_order]
 
 
-@pytest.mark.parametrize("method", ["lora", "adalora"])
+@pytest.mark.parametrize("method", ["lora", "adalora", "dora"])
 @pytest.mark.parametrize("use", USES)
 def test_outputs_and_gradients_are_those_of_dense_updates(use: Callable[..., Tensor], method: str) -> None:
     model = Net(use).double()
@@ -134,3 +134,16 @@ def test_gradcheck_of_several_at_once() -> None:
         return lowrank_linears(x, [Linear(w1, None, a1, b1, 0.5), Linear(w2, None, a2, b2, 2.0)])
 
     assert torch.autograd.gradcheck(run, [t.requires_grad_() for t in (x, a1, b1, a2, b2)])
+
+
+def test_gradcheck_of_several_with_gains() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, w1, bias, a1, b1, g1, w2, a2, b2, g2 = (
+        torch.randn(shape, dtype=torch.float64, generator=g)
+        for shape in ((3, 4), (5, 4), (5,), (2, 4), (5, 2), (5,), (3, 4), (1, 4), (3, 1), (3,))
+    )
+
+    def run(x: Tensor, a1: Tensor, b1: Tensor, g1: Tensor, a2: Tensor, b2: Tensor, g2: Tensor) -> tuple[Tensor, ...]:
+        return dora_linears(x, [Linear(w1, bias, a1, b1, 0.5), Linear(w2, None, a2, b2, 2.0)], [g1, g2])
+
+    assert torch.autograd.gradcheck(run, [t.requires_grad_() for t in (x, a1, b1, g1, a2, b2, g2)])

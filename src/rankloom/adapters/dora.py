@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.adapters.lora import LoRA, LowRankAdapter, dropout
-from rankloom.kernels import dora_linear
+from rankloom.kernels import dora_linears
 from rankloom.parts import part
 from rankloom.targets import Layer, Target
 
@@ -25,7 +26,6 @@ class DoRAAdapter(LowRankAdapter):
 
     needs_base: ClassVar[Literal["never", "init", "merge", "every_step"]] = "every_step"
     roles: ClassVar[dict[str, str]] = {**LowRankAdapter.roles, "m": "magnitude"}
-    shares_input: ClassVar[bool] = False  # each has a gain of its own after the products
     base_norm2: Tensor
 
     def __init__(self, layer: Layer, **settings: Any) -> None:
@@ -63,15 +63,18 @@ class DoRAAdapter(LowRankAdapter):
         direction = weight + (self.scale * b) @ a
         return self.gain(base)[:, None] * direction - weight
 
+    @classmethod
+    def together(cls, x: Tensor, members: Sequence[tuple[Any, Layer]]) -> tuple[Tensor, ...]:
+        linears = [adapter.linear(base) for adapter, base in members]
+        return dora_linears(x, linears, [adapter.gain(base) for adapter, base in members])
+
     def forward(self, x: Tensor, base: Layer) -> Tensor:
-        gain = self.gain(base)
         if self.fuses(x, base):
-            linear = self.linear(base)
-            return dora_linear(x, linear.weight, linear.bias, linear.a, linear.b, gain, linear.scale)
+            return self.together(x, [(self, base)])[0]
         dtype = x.dtype if x.is_floating_point() else base.dtype
         inner = dropout(x, self.dropout) if self.training and self.dropout else x
         y = base(x)
-        gain = base.broadcast(gain.to(y.dtype))
+        gain = base.broadcast(self.gain(base).to(y.dtype))
         b, a = self.effective()
         update = base.lowrank(inner, a.to(dtype), (self.scale * b).to(dtype))
         out = gain * (y + update.to(y.dtype))

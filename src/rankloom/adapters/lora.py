@@ -3,7 +3,7 @@ square core (2405.17604), LoRA-FA's frozen ``A`` (2308.03303)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
@@ -170,9 +170,14 @@ class LowRankAdapter(Adapter):
         b, a = self.effective()
         return Linear(base.weight(), base.bias(), a, b, self.scale)
 
+    @classmethod
+    def together(cls, x: Tensor, members: Sequence[tuple[Any, Layer]]) -> tuple[Tensor, ...]:
+        """The outputs of several adapted linears on one input, in one kernel; every one of them ``fuses``."""
+        return lowrank_linears(x, [adapter.linear(base) for adapter, base in members])
+
     def forward(self, x: Tensor, base: Layer) -> Tensor:
         if self.fuses(x, base):
-            return lowrank_linears(x, [self.linear(base)])[0]
+            return self.together(x, [(self, base)])[0]
         dtype = x.dtype if x.is_floating_point() else base.dtype
         y = base(x)
         inner = dropout(x, self.dropout) if self.training and self.dropout else x

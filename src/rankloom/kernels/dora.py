@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,51 +11,64 @@ from torch.autograd.function import once_differentiable
 
 from rankloom.kernels.lowrank import Linear, Operands, products_backward, products_forward
 
-__all__ = ["dora_linear"]
+__all__ = ["dora_linear", "dora_linears"]
 
 
-class _DoRALinear(torch.autograd.Function):
-    """One function for the gain, the frozen layer and the low-rank term.
+class _DoRALinears(torch.autograd.Function):
+    """One function for the gains, the frozen layers and the low-rank terms of all linears on one input.
 
-    The gain's gradient needs ``u = x V^T``; it is read back from the saved output, ``u = (y - bias) / g``, which whatever
+    A gain's gradient needs ``u = x V^T``; it is read back from the saved output, ``u = (y - bias) / g``, which whatever
     follows usually holds anyway, instead of keeping a second (tokens, out) tensor. Rows whose gain is (near) zero lose that
     way back; only then is ``u`` formed again from ``x``.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gain: Tensor, scale: float
-    ) -> Tensor:
-        gained = gain.to(x.dtype)
-        (out,), hidden, operands = products_forward(x, [Linear(weight, bias, a, b, scale)])
-        out.mul_(gained)
-        if bias is not None:
-            # (1 - g) * bias is exactly zero at g = 1: step 0 is bit-identical to the frozen layer, which fuses its bias.
-            out.add_((1 - gained) * bias)
-        ctx.save_for_backward(x, weight, bias, a, b, gain, out, hidden, operands.rows, *operands.columns)
-        ctx.scale = scale
-        return out
+    def forward(ctx: Any, x: Tensor, scales: tuple[float, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        linears, gains = _linears(scales, tensors)
+        outs, hidden, operands = products_forward(x, linears)
+        for out, linear, gain in zip(outs, linears, gains, strict=True):
+            gained = gain.to(x.dtype)
+            out.mul_(gained)
+            if linear.bias is not None:
+                # (1 - g) * bias is exactly zero at g = 1: step 0 is bit-identical to the frozen layer, which fuses its bias.
+                out.add_((1 - gained) * linear.bias)
+        ctx.save_for_backward(x, hidden, operands.rows, *operands.columns, *outs, *tensors)
+        ctx.scales = scales
+        # Detached, as the low-rank linear's; what is saved shares its memory.
+        return tuple(out.detach() for out in outs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, a, b, gain, out, hidden, rows, column = ctx.saved_tensors
-        operands = Operands((weight,), rows, (column,), (ctx.scale,), a.dtype)
-        grad = grad.reshape(-1, grad.shape[-1])
-        grad_gain = None
-        if ctx.needs_input_grad[5]:
-            if bool((gain.abs() > 1e-6).all()):
-                y = out.view(-1, out.shape[-1])
-                grad_gain = _column_dots(grad, y if bias is None else y - bias, gain.dtype) / gain
-            else:
-                (u,), *_ = products_forward(x, [Linear(weight, None, a, b, ctx.scale)])
-                grad_gain = _column_dots(grad, u.view_as(grad), gain.dtype)
-        scaled = grad * gain.to(x.dtype)
-        needs_x, trains_a, trains_b = (ctx.needs_input_grad[i] for i in (0, 3, 4))
-        grad_x, (grad_a,), (grad_b,) = products_backward(
-            [scaled], x if trains_a else None, hidden if trains_b else None, operands, needs_x
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        count = len(grads)
+        x, hidden, rows, *rest = ctx.saved_tensors
+        columns, outs = rest[:count], rest[count : 2 * count]
+        linears, gains = _linears(ctx.scales, rest[2 * count :])
+        operands = Operands(tuple(linear.weight for linear in linears), rows, columns, ctx.scales, linears[0].a.dtype)
+        trains_a, trains_b, trains_gain = (any(ctx.needs_input_grad[i::5]) for i in (4, 5, 6))
+        flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        grad_gains: list[Tensor | None] = [None] * count
+        if trains_gain:
+            grad_gains = [_gain_gradient(x, *own) for own in zip(flat, outs, linears, gains, strict=True)]
+        scaled = [grad * gain.to(x.dtype) for grad, gain in zip(flat, gains, strict=True)]
+        grad_x, grad_as, grad_bs = products_backward(
+            scaled, x if trains_a else None, hidden if trains_b else None, operands, ctx.needs_input_grad[0]
         )
-        return None if grad_x is None else grad_x.view(x.shape), None, None, grad_a, grad_b, grad_gain, None
+        each = [(None, None, a, b, gain) for a, b, gain in zip(grad_as, grad_bs, grad_gains, strict=True)]
+        return None if grad_x is None else grad_x.view(x.shape), None, *(grad for five in each for grad in five)
+
+
+def _linears(scales: Sequence[float], tensors: Sequence[Any]) -> tuple[list[Linear], list[Tensor]]:
+    weights, biases, a, b, gains = (tensors[i::5] for i in range(5))
+    return [Linear(*linear) for linear in zip(weights, biases, a, b, scales, strict=True)], list(gains)
+
+
+def _gain_gradient(x: Tensor, grad: Tensor, out: Tensor, linear: Linear, gain: Tensor) -> Tensor:
+    if bool((gain.abs() > 1e-6).all()):
+        y = out.view(-1, out.shape[-1])
+        return _column_dots(grad, y if linear.bias is None else y - linear.bias, gain.dtype) / gain
+    (u,), *_ = products_forward(x, [linear._replace(bias=None)])
+    return _column_dots(grad, u.view_as(grad), gain.dtype)
 
 
 def _column_dots(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -62,13 +76,19 @@ def _column_dots(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.sum(left * right, 0).to(dtype)  # sums of halves accumulate in float32 by themselves
 
 
+def dora_linears(x: Tensor, linears: Sequence[Linear], gains: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The outputs of several DoRA linears on one input: ``gain * (x W^T + scale * (x A^T) B^T) + bias`` each.
+
+    Shapes and dtypes as :func:`rankloom.kernels.lowrank_linears`; ``gain (out,)`` may be wider as well. Differentiable once
+    in ``x``, ``a``, ``b``, ``gain``. With ``b = 0`` and ``gain = 1`` an output is bit-identical to the frozen layer's.
+    """
+    tensors = [t for linear, gain in zip(linears, gains, strict=True) for t in (*linear[:4], gain)]
+    outs: tuple[Tensor, ...] = _DoRALinears.apply(x, tuple(linear.scale for linear in linears), *tensors)
+    return outs
+
+
 def dora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gain: Tensor, scale: float
 ) -> Tensor:
-    """``gain * (x W^T + scale * (x A^T) B^T) + bias``.
-
-    Shapes and dtypes as :func:`rankloom.kernels.lowrank_linear`; ``gain (out,)`` may be wider as well. Differentiable once
-    in ``x``, ``a``, ``b``, ``gain``. With ``b = 0`` and ``gain = 1`` the result is bit-identical to the frozen layer's.
-    """
-    out: Tensor = _DoRALinear.apply(x, weight, bias, a, b, gain, scale)
-    return out
+    """:func:`dora_linears` for one."""
+    return dora_linears(x, [Linear(weight, bias, a, b, scale)], [gain])[0]
