@@ -22,6 +22,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ import torch
 import rankloom
 from common import peak_mb, provenance, reset_peak, resident_mb, table, write
 from rankloom.calibration import Calibration
+from rankloom.calibration.data import run_pass
 from rankloom.targets import find_targets
 from sketch import GIVE_BACK, load
 
@@ -37,12 +39,13 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 FAMILIES = {
     "pissa": ("pissa", "peft pissa", "peft pissa_niter_16"),
     "olora": ("olora", "peft olora"),
-    "gradient": ("lora-ga", "lora-one", "peft lora_ga"),
+    "gradient": ("lora-ga", "lora-one", "frozen pass", "peft lora_ga"),
     "eva": ("eva", "peft eva"),
     "corda": ("corda", "peft corda"),
 }
 LIMITS = {"pissa": 0.5, "olora": 0.5, "lora-ga": 0.5, "eva": 0.7}
-STEP = "lora step"
+# One forward and backward pass of the frozen model: no start that looks at gradients can take less.
+STEP, PASS = "lora step", "frozen pass"
 
 
 def ours(start: str, model: Any, data: Calibration, rank: int) -> rankloom.Adaptation:
@@ -90,6 +93,9 @@ def attach(mode: str, model: Any, data: Calibration, rank: int) -> Any:
             optimizer.step()
             optimizer.zero_grad()
         return handle
+    if mode == PASS:
+        run_pass(model, find_targets(model, rankloom.Targets()), data, lambda *_: None)
+        return None
     peft_start = mode.removeprefix("peft ")
     return theirs(peft_start, model, data, rank) if peft_start != mode else ours(mode, model, data, rank)
 
@@ -103,7 +109,7 @@ def timed(family: str, model: Any, data: Calibration, rank: int, repeats: int) -
             begin = time.process_time()
             made = attach(mode, subject, data, rank)
             own.append(time.process_time() - begin)
-            if subject is model:
+            if isinstance(made, rankloom.Adaptation):
                 made.detach()
             del made, subject
     return times
@@ -189,7 +195,14 @@ def main() -> None:
         print(json.dumps(memory(args.child, args.rank, args.batches)))
         return
     model, data = some_data(args.batches)
-    result: dict[str, Any] = {"provenance": provenance(), "rank": args.rank, "batches": args.batches, "time": []}
+    settings = {"rank": args.rank, "batches": args.batches, "repeats": args.repeats}
+    result: dict[str, Any] = {"provenance": provenance(), **settings, "time": []}
+    if args.json and Path(args.json).is_file():  # families and parts that are not measured now keep what they had
+        before = json.loads(Path(args.json).read_text())
+        if all(before.get(key) == value for key, value in settings.items()):
+            anew = {mode for family in args.families for mode in FAMILIES[family] if "time" in args.parts}
+            before["time"] = [row for row in before["time"] if row["start"] not in anew]
+            result = {**before, "provenance": provenance()}
     for family in args.families if "time" in args.parts else ():
         result["time"] += summary(timed(family, model, data, args.rank, args.repeats))
         table(result["time"], ["start", "seconds", "low", "high", "of_peft", "of_peft_low", "of_peft_high", "limit"])
