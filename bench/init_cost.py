@@ -1,7 +1,11 @@
 """What a start costs beside PEFT's, on every linear of SmolLM2-135M with real text, float32, one thread.
 
-Claim: at rank 8, PiSSA and OLoRA take <= 0.5x the time of PEFT's exact starts, PiSSA with >= 0.999 of the energy of the best
-rank-8 subspace of every weight; EVA takes <= 0.7x; LoRA-GA <= 0.5x, in <= 0.1x the memory above a LoRA training step.
+Limits at rank 8: PiSSA and OLoRA <= 0.5x the time of PEFT's exact starts, PiSSA with >= 0.999 of the energy of the best rank-8
+subspace of every weight; EVA <= 0.7x; LoRA-GA <= 0.5x, in <= 0.1x the memory above a LoRA training step.
+
+LoRA-GA's limit on time is missed: the sketch trades three passes over the data for never holding a gradient, where PEFT
+takes one pass and holds them all. No choice of passes would meet it: `frozen pass`, one forward and backward pass that
+computes no weight's gradient, is the floor of every start that looks at gradients, and stands in the table beside them.
 
 Time: CPU seconds in one process, ours and theirs in turn, attaching included; loading and undoing are not counted. Memory:
 peak resident set above the loaded model, a process for each, with the C library told to give every freed block back. All
