@@ -196,7 +196,7 @@ class Bench:
     def settings(self) -> dict[str, Any]:
         """What decides a run, besides method, rate and seed."""
         kept = ("model", "data", "dtype", "batch_size", "max_length", "eval_samples", "calibration_samples")
-        return {"steps": self.steps, **{key: getattr(self.config, key) for key in kept}}
+        return {"steps": self.steps, "longest": self.task.longest, **{key: getattr(self.config, key) for key in kept}}
 
     @cached_property
     def prepared(self) -> Prepared:
