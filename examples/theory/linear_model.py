@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankloom.init.one_step import spectral_factors
 from rankloom.linalg import truncated_svd
 
 SINGULAR = torch.tensor([1.0, 0.75, 0.5, 0.25], dtype=torch.float64)  # of Delta, unless a program says otherwise
@@ -55,10 +54,10 @@ def problem(size: int, singular: Tensor, samples: int | None, seed: int = 0) -> 
 
 
 def spectral_start(model: LinearModel, rank: int, step: float = 1.0) -> tuple[Tensor, Tensor]:
-    """LoRA-One's factors by the library's own function: ``B0 A0 = step * N_r``."""
+    """LoRA-One's factors without the practical normalisation: ``B0 = U sqrt(step S)``, ``A0 = sqrt(step S) V^T``."""
     u, s, v = truncated_svd(model.negative, rank)
-    # The library normalises by S1; gamma = 1 / (step * S1) undoes that for the theory's form.
-    return spectral_factors(u, s, v, gamma=1 / (step * float(s[0])))
+    root = (step * s).sqrt()
+    return u * root, root[:, None] * v.T
 
 
 def lora_start(model: LinearModel, rank: int, std: float, seed: int = 1) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,6 @@ from rankloom import Calibration, Recipe, Targets, adapt
 from rankloom.adapters import DoRA, LoRA
 from rankloom.calibration.data import mean_loss
 from rankloom.init import OneStepGradient
-from rankloom.init.one_step import spectral_factors
 from tests import zoo
 
 RANK, ALPHA, GAMMA = 3, 16.0, 128.0
@@ -63,15 +62,6 @@ def test_the_start_is_the_best_rank_r_step_down_the_gradient(kind: str, method: 
         balance = torch.diag(sv[:live] / sv[0]) / GAMMA
         torch.testing.assert_close(b.adapter.B[:, :live].T @ b.adapter.B[:, :live], balance, rtol=1e-8, atol=1e-12)
         torch.testing.assert_close(b.adapter.A[:live] @ b.adapter.A[:live].T, balance, rtol=1e-8, atol=1e-12)
-
-
-def test_spectral_factors_against_the_formula() -> None:
-    g = torch.Generator().manual_seed(0)
-    n = torch.randn(7, 5, generator=g, dtype=torch.float64)
-    u, s, vh = torch.linalg.svd(n, full_matrices=False)
-    b, a = spectral_factors(u[:, :2], s[:2], vh[:2].T, gamma=10.0)
-    torch.testing.assert_close(b @ a, (u[:, :2] * s[:2]) @ vh[:2] / (10 * s[0]), rtol=1e-12, atol=1e-15)
-    torch.testing.assert_close(b.T @ b, a @ a.T, rtol=1e-12, atol=1e-15)
 
 
 def test_the_base_is_untouched_and_comes_back() -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rankloom.adapters import Binding, LowRankAdapter
 from rankloom.calibration import Calibration, GradientReport, GradientSVD, exact_gradients, gradient_svd
@@ -15,16 +15,7 @@ from rankloom.init.base import InitContext, InitPart
 from rankloom.init.random import kaiming_rows
 from rankloom.parts import part
 
-__all__ = ["OneStepGradient", "spectral_factors"]
-
-
-def spectral_factors(u: Tensor, s: Tensor, v: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """``B0 = U diag(sqrt(S/S1)) / sqrt(gamma)`` (out, r), ``A0 = diag(sqrt(S/S1)) V^T / sqrt(gamma)`` (r, in).
-
-    ``U diag(S) V^T`` is the rank-r part of the NEGATIVE gradient, so ``s B0 A0 = alpha / (gamma sqrt(r) S1) * N_r``.
-    """
-    root = (s / s[0] / gamma).sqrt()
-    return u * root, root[:, None] * v.mT
+__all__ = ["OneStepGradient"]
 
 
 @part("init", "one-step-gradient")
