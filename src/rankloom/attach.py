@@ -62,10 +62,10 @@ class _Sibling(_Whole):
             return left[2]
         if not self.others or torch.compiler.is_compiling() or x.is_inference():
             return super().__call__(x)
-        group = [self, *self.others]
-        if not all(member.adapter.fuses(x, member.layer) for member in group):
+        operands = [member.adapter.operands(x, member.layer) for member in (self, *self.others)]
+        if any(own is None for own in operands):
             return super().__call__(x)
-        outs = self.adapter.together(x, [(member.adapter, member.layer) for member in group])
+        outs = self.adapter.together(x, operands)
         for other, out in zip(self.others, outs[1:], strict=True):
             other.left = (x, x._version, out)
         return outs[0]

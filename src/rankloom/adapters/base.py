@@ -28,7 +28,7 @@ class Adapter(nn.Module, ABC):
     mergeable: ClassVar[bool] = True
     needs_base: ClassVar[Literal["never", "init", "merge", "every_step"]] = "never"
     seeded: ClassVar[bool] = False
-    shares_input: ClassVar[bool] = False  # offers `fuses` and `together`
+    shares_input: ClassVar[bool] = False  # offers `operands` and `together`
     scale: float = 1.0  # the factor s on the product of the factors, where there are factors
     roles: ClassVar[dict[str, str]] = {}  # parameter name -> role, for optimizers that treat factors differently
 

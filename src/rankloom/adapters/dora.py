@@ -45,9 +45,10 @@ class DoRAAdapter(LowRankAdapter):
         """``||W + s B A||`` by rows (out,)."""
         weight = base.weight()
         b, a = self.effective()
-        b = self.scale * b
         cross = (weight @ a.mT.to(weight.dtype)).to(b.dtype)
-        square = self.base_norm2 + ((2 * cross + b @ (a @ a.mT)) * b).sum(1)
+        # Twice the cross term and the square, by rows, with one scale taken out.
+        mixed = torch.addmm(cross, b, a @ a.mT, beta=2, alpha=self.scale).mul_(b).sum(1)
+        square = torch.add(self.base_norm2, mixed, alpha=self.scale)
         return square.clamp_(min=torch.finfo(square.dtype).tiny).sqrt_()
 
     def gain(self, base: Layer) -> Tensor:
@@ -63,14 +64,18 @@ class DoRAAdapter(LowRankAdapter):
         direction = weight + (self.scale * b) @ a
         return self.gain(base)[:, None] * direction - weight
 
+    def operands(self, x: Tensor, base: Layer) -> Any:
+        linear = super().operands(x, base)
+        return None if linear is None else (linear, self.gain(base))
+
     @classmethod
-    def together(cls, x: Tensor, members: Sequence[tuple[Any, Layer]]) -> tuple[Tensor, ...]:
-        linears = [adapter.linear(base) for adapter, base in members]
-        return dora_linears(x, linears, [adapter.gain(base) for adapter, base in members])
+    def together(cls, x: Tensor, operands: Sequence[Any]) -> tuple[Tensor, ...]:
+        linears, gains = zip(*operands, strict=True)
+        return dora_linears(x, linears, gains)
 
     def forward(self, x: Tensor, base: Layer) -> Tensor:
-        if self.fuses(x, base):
-            return self.together(x, [(self, base)])[0]
+        if (operands := self.operands(x, base)) is not None:
+            return self.together(x, [operands])[0]
         dtype = x.dtype if x.is_floating_point() else base.dtype
         inner = dropout(x, self.dropout) if self.training and self.dropout else x
         y = base(x)

@@ -161,23 +161,21 @@ class LowRankAdapter(Adapter):
         b, a = self.effective()
         return (self.scale * b) @ a
 
-    def fuses(self, x: Tensor, base: Layer) -> bool:
-        """Whether this call can run as a fused kernel."""
-        return not (self.dropout > 0 and self.training) and fusable(x, base)
-
-    def linear(self, base: Layer) -> Linear:
-        """What the fused kernel needs."""
+    def operands(self, x: Tensor, base: Layer) -> Any:
+        """What :meth:`together` takes of this layer for this input; None where the call cannot run as a fused kernel."""
+        if (self.dropout > 0 and self.training) or (frozen := frozen_operands(x, base)) is None:
+            return None
         b, a = self.effective()
-        return Linear(base.weight(), base.bias(), a, b, self.scale)
+        return Linear(*frozen, a, b, self.scale)
 
     @classmethod
-    def together(cls, x: Tensor, members: Sequence[tuple[Any, Layer]]) -> tuple[Tensor, ...]:
-        """The outputs of several adapted linears on one input, in one kernel; every one of them ``fuses``."""
-        return lowrank_linears(x, [adapter.linear(base) for adapter, base in members])
+    def together(cls, x: Tensor, operands: Sequence[Any]) -> tuple[Tensor, ...]:
+        """The outputs of several adapted linears on one input, in one kernel."""
+        return lowrank_linears(x, operands)
 
     def forward(self, x: Tensor, base: Layer) -> Tensor:
-        if self.fuses(x, base):
-            return self.together(x, [(self, base)])[0]
+        if (operands := self.operands(x, base)) is not None:
+            return self.together(x, [operands])[0]
         dtype = x.dtype if x.is_floating_point() else base.dtype
         y = base(x)
         inner = dropout(x, self.dropout) if self.training and self.dropout else x
@@ -194,17 +192,17 @@ def dropout(x: Tensor, rate: float) -> Tensor:
     return nn.functional.dropout(x, rate) if x.is_floating_point() else x
 
 
-def fusable(x: Tensor, base: Layer) -> bool:
-    """Whether the fused kernels apply: a plain frozen linear weight of the input's own dtype, and no autocast."""
+def frozen_operands(x: Tensor, base: Layer) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias for the fused kernels, which take a plain frozen linear of the input's own dtype, without autocast;
+    None for every other layer."""
+    if not (isinstance(base, LinearLayer) and base.ordinary):
+        return None
     weight, bias = base.stored, base.bias()
-    return (
-        isinstance(base, LinearLayer)
-        and base.ordinary
-        and weight.dtype == x.dtype
-        and not weight.requires_grad
-        and (bias is None or not bias.requires_grad)  # a bias trained beside the adapter needs its own gradient
-        and not torch.is_autocast_enabled(x.device.type)
-    )
+    if weight.dtype != x.dtype or weight.requires_grad or torch.is_autocast_enabled(x.device.type):
+        return None
+    if bias is not None and bias.requires_grad:  # a bias trained beside the adapter needs its own gradient
+        return None
+    return weight if base.rows is None else weight[slice(*base.rows)], bias
 
 
 @part("adapter", "lora")

@@ -32,7 +32,8 @@ class _DoRALinears(torch.autograd.Function):
             if linear.bias is not None:
                 # (1 - g) * bias is exactly zero at g = 1: step 0 is bit-identical to the frozen layer, which fuses its bias.
                 out.add_((1 - gained) * linear.bias)
-        ctx.save_for_backward(x, hidden, operands.rows, *operands.columns, *outs, *tensors)
+        _, rows, columns, *ctx.rest = operands
+        ctx.save_for_backward(x, hidden, rows, *columns, *outs, *tensors)
         ctx.scales = scales
         # Detached, as the low-rank linear's; what is saved shares its memory.
         return tuple(out.detach() for out in outs)
@@ -44,12 +45,13 @@ class _DoRALinears(torch.autograd.Function):
         x, hidden, rows, *rest = ctx.saved_tensors
         columns, outs = rest[:count], rest[count : 2 * count]
         linears, gains = _linears(ctx.scales, rest[2 * count :])
-        operands = Operands(tuple(linear.weight for linear in linears), rows, columns, ctx.scales, linears[0].a.dtype)
+        operands = Operands([linear.weight for linear in linears], rows, columns, *ctx.rest)
         trains_a, trains_b, trains_gain = (any(ctx.needs_input_grad[i::5]) for i in (4, 5, 6))
         flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
         grad_gains: list[Tensor | None] = [None] * count
         if trains_gain:
-            grad_gains = [_gain_gradient(x, *own) for own in zip(flat, outs, linears, gains, strict=True)]
+            gradient = _from_output if bool((torch.cat(gains).abs() > 1e-6).all()) else _from_input
+            grad_gains = [gradient(x, *own) for own in zip(flat, outs, linears, gains, strict=True)]
         scaled = [grad * gain.to(x.dtype) for grad, gain in zip(flat, gains, strict=True)]
         grad_x, grad_as, grad_bs = products_backward(
             scaled, x if trains_a else None, hidden if trains_b else None, operands, ctx.needs_input_grad[0]
@@ -63,10 +65,14 @@ def _linears(scales: Sequence[float], tensors: Sequence[Any]) -> tuple[list[Line
     return [Linear(*linear) for linear in zip(weights, biases, a, b, scales, strict=True)], list(gains)
 
 
-def _gain_gradient(x: Tensor, grad: Tensor, out: Tensor, linear: Linear, gain: Tensor) -> Tensor:
-    if bool((gain.abs() > 1e-6).all()):
-        y = out.view(-1, out.shape[-1])
-        return _column_dots(grad, y if linear.bias is None else y - linear.bias, gain.dtype) / gain
+def _from_output(x: Tensor, grad: Tensor, out: Tensor, linear: Linear, gain: Tensor) -> Tensor:
+    """The gradient in the gain, ``u`` being read back from the output."""
+    y = out.view(-1, out.shape[-1])
+    return _column_dots(grad, y if linear.bias is None else y - linear.bias, gain.dtype) / gain
+
+
+def _from_input(x: Tensor, grad: Tensor, out: Tensor, linear: Linear, gain: Tensor) -> Tensor:
+    """The same with ``u`` formed again."""
     (u,), *_ = products_forward(x, [linear._replace(bias=None)])
     return _column_dots(grad, u.view_as(grad), gain.dtype)
 

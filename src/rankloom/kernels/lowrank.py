@@ -28,36 +28,33 @@ class Linear(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What the products take, in the input's dtype: ``rows`` are all ``a`` on top of each other, ``columns`` every ``s b``."""
+    """What the products take, in the input's dtype: ``rows`` are all ``a`` on top of each other, ``columns`` are the ``b``."""
 
-    weights: tuple[Tensor, ...]
+    weights: Sequence[Tensor]
     rows: Tensor
-    columns: tuple[Tensor, ...]
-    scales: tuple[float, ...]
+    columns: Sequence[Tensor]
+    scales: Sequence[float]
+    ranks: Sequence[int]
     dtype: torch.dtype
     """Of the factors themselves, and of their gradients."""
-
-    @property
-    def ranks(self) -> list[int]:
-        """The rank of each linear."""
-        return [column.shape[1] for column in self.columns]
 
 
 def products_forward(x: Tensor, linears: Sequence[Linear]) -> tuple[list[Tensor], Tensor, Operands]:
     """Every linear's output, the low-rank term accumulated into the frozen layer's own result; ``A x^T`` of all; operands.
 
-    Rank-space tensors are kept as (r, tokens): the thin products then run along the contiguous side of every operand.
+    Rank-space tensors are kept as (r, tokens): the thin products then run along the contiguous side of every operand. The
+    scale is a factor of the products themselves, which takes no pass over anything.
     """
     weights, biases, above, beside, scales = zip(*linears, strict=True)
     # The very call the frozen layer makes comes first, so a zero update leaves every bit alone.
     outs = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-    rows = above[0] if len(above) == 1 else torch.cat(above)
-    columns = tuple((b * scale).to(x.dtype) for b, scale in zip(beside, scales, strict=True))
-    operands = Operands(weights, rows.to(x.dtype), columns, scales, rows.dtype)
-    hidden = torch.mm(operands.rows, x.reshape(-1, x.shape[-1]).mT)
-    for out, column, part in zip(outs, columns, hidden.split(operands.ranks), strict=True):
-        out.view(-1, out.shape[-1]).addmm_(part.mT, column.mT)
-    return outs, hidden, operands
+    rows = above[0].to(x.dtype) if len(above) == 1 else torch.cat(above, out=x.new_empty(0))
+    columns = [b.to(x.dtype) for b in beside]
+    ranks = [len(a) for a in above]
+    hidden = rows @ x.reshape(-1, x.shape[-1]).mT
+    for out, column, part, scale in zip(outs, columns, hidden.split(ranks), scales, strict=True):
+        out.view(-1, out.shape[-1]).addmm_(part.mT, column.mT, alpha=scale)
+    return outs, hidden, Operands(weights, rows, columns, scales, ranks, above[0].dtype)
 
 
 def products_backward(
@@ -67,31 +64,36 @@ def products_backward(
 
     Without ``x`` the ``a`` are frozen and get none, without ``hidden`` the ``b``.
     """
-    ranks = operands.ranks
+    weights, rows, columns, scales, ranks, dtype = operands
     grad_as: Sequence[Tensor | None] = [None] * len(grads)
     grad_bs, grad_x = grad_as, None
-    down = grads[0].new_empty(len(operands.rows), len(grads[0]))  # the gradient in rank space
-    for grad, column, part in zip(grads, operands.columns, down.split(ranks), strict=True):
-        torch.mm(column.mT, grad.mT, out=part)
+    down = rows.new_empty(len(rows), len(grads[0]))  # the gradient in rank space
+    for part, column, grad, scale in zip(down.split(ranks), columns, grads, scales, strict=True):
+        part.addmm_(column.mT, grad.mT, beta=0, alpha=scale)
     if needs_x:
-        grad_x = torch.mm(grads[0], operands.weights[0])
-        for grad, weight in zip(grads[1:], operands.weights[1:], strict=True):
+        grad_x = grads[0] @ weights[0]
+        for grad, weight in zip(grads[1:], weights[1:], strict=True):
             grad_x.addmm_(grad, weight)
-        grad_x.addmm_(down.mT, operands.rows)
+        grad_x.addmm_(down.mT, rows)
     if x is not None:
-        grad_as = torch.mm(down, x.reshape(-1, x.shape[-1])).to(operands.dtype).split(ranks)
+        grad_as = (down @ x.reshape(-1, x.shape[-1])).to(dtype).split(ranks)
     if hidden is not None:
+        # Laid out as b is: what accumulates gradients then takes them as they are, instead of copying.
         grad_bs = [
-            torch.mm(part, grad).to(operands.dtype).mul_(scale).mT
-            for part, grad, scale in zip(hidden.split(ranks), grads, operands.scales, strict=True)
+            _product(part, grad, scale).mT.to(dtype, memory_format=torch.contiguous_format)
+            for part, grad, scale in zip(hidden.split(ranks), grads, scales, strict=True)
         ]
     return grad_x, grad_as, grad_bs
+
+
+def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    return left.new_empty(len(left), right.shape[1]).addmm_(left, right, beta=0, alpha=scale)
 
 
 class _LowRankLinears(torch.autograd.Function):
     """Forward and backward with every full-width update in place.
 
-    The scale acts on the factors and the low-rank products accumulate into results the frozen layers make anyway, so no
+    The scale acts on the low-rank products, and those accumulate into results the frozen layers make anyway, so no
     (tokens, out) or (tokens, in) temporary is added. Saved: ``x``, which ``dA`` cannot do without, unless ``A`` is frozen;
     ``A x^T``, which is r/in of ``x``'s size and would take another reading of all of ``x`` to form again, unless ``B`` is
     frozen; and the factors as multiplied. Wider factors are brought to ``x``'s dtype here: one node in the graph, whatever
@@ -101,19 +103,18 @@ class _LowRankLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scales: tuple[float, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         outs, hidden, operands = products_forward(x, _linears(scales, tensors))
+        weights, rows, columns, *ctx.rest = operands
         trains_a, trains_b = any(ctx.needs_input_grad[4::4]), any(ctx.needs_input_grad[5::4])
-        ctx.save_for_backward(
-            x if trains_a else None, hidden if trains_b else None, operands.rows, *operands.columns, *operands.weights
-        )
-        ctx.shape, ctx.scales, ctx.dtype = x.shape, scales, operands.dtype
+        ctx.save_for_backward(x if trains_a else None, hidden if trains_b else None, rows, *columns, *weights)
+        ctx.shape = x.shape
         # Detached: a 3-D linear's result is a view, which autograd would not let later code change in place.
-        return tuple(out.detach() for out in outs)
+        return tuple([out.detach() for out in outs])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, rows, *rest = ctx.saved_tensors
-        operands = Operands(rest[len(grads) :], rows, rest[: len(grads)], ctx.scales, ctx.dtype)
+        x, hidden, rows, *both = ctx.saved_tensors
+        operands = Operands(both[len(grads) :], rows, both[: len(grads)], *ctx.rest)
         flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
         grad_x, grad_as, grad_bs = products_backward(flat, x, hidden, operands, ctx.needs_input_grad[0])
         each = [(None, None, a, b) for a, b in zip(grad_as, grad_bs, strict=True)]
