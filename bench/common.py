@@ -94,6 +94,11 @@ def _status(key: str) -> float:
     raise RuntimeError(f"{key} not reported by this kernel")
 
 
+def earlier(path: str | None) -> dict[str, Any]:
+    """The result that a run continues: parts it does not measure anew are kept. Empty where there is none."""
+    return json.loads(Path(path).read_text()) if path and Path(path).is_file() else {}
+
+
 def write(path: str | None, result: dict[str, Any]) -> None:
     """Write the result as JSON where asked."""
     if path:

@@ -11,7 +11,8 @@ The frozen limit is the bare model's forward pass and the backward pass to its i
 AdamW, 4 x 256 tokens, dropout off. CPU seconds of one thread, variants in turn, medians. For the timing the C library is
 told to keep freed memory, for all variants alike: otherwise page faults, which depend on what ran before, add up to a tenth
 to whichever variant they hit. Memory is the peak resident set of one step (the second, so that optimizer state exists) in a
-process of its own, with the library's defaults.
+process of its own, with the library's defaults. A run with ``--layers``, ``--dtype`` or ``--no-memory`` replaces its own part
+of an earlier result and keeps the rest.
 
     python bench/step_overhead.py --json bench/results/step_overhead.json
 """
@@ -30,7 +31,7 @@ from typing import Any
 
 import torch
 
-from common import interleaved, peak_mb, provenance, ratios, reset_peak, table, write
+from common import earlier, interleaved, peak_mb, provenance, ratios, reset_peak, table, write
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VARIANTS = [
@@ -200,11 +201,11 @@ def main() -> None:
         return
     if not KEEP_MEMORY.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
-    result: dict[str, Any] = {"provenance": provenance(), "time": {}, "memory": {}}
+    result: dict[str, Any] = {"time": {}, "memory": {}, **earlier(args.json)}
     for layers in args.layers:
         for dtype in args.dtype:
             measured = times(layers, getattr(torch, dtype), args.repeats, args.variants, (4, 256))
-            result["time"][f"{layers} layers {dtype}"] = measured
+            result["time"][f"{layers} layers {dtype}"] = {"provenance": provenance(), "variants": measured}
             print(f"\n{layers} layers, {dtype}: CPU seconds a step and ratio to the frozen limit (quartiles)")
             columns = ["variant", "seconds", "ratio", "ratio_fastest", "ratio_low", "ratio_high"]
             table([{"variant": n, **m} for n, m in measured.items()], columns)
@@ -212,9 +213,10 @@ def main() -> None:
     if not args.no_memory:
         layers = max(args.layers)
         peaks = memory(layers, "float32", args.variants)
-        result["memory"] = {n: {"peak_mb": p, "over_limit_mb": p - peaks["limit"]} for n, p in peaks.items()}
+        measured = {n: {"peak_mb": p, "over_limit_mb": p - peaks["limit"]} for n, p in peaks.items()}
+        result["memory"][f"{layers} layers float32"] = {"provenance": provenance(), "variants": measured}
         print(f"\n{layers} layers, float32: peak resident memory of one step, MB")
-        table([{"variant": n, **m} for n, m in result["memory"].items()], ["variant", "peak_mb", "over_limit_mb"])
+        table([{"variant": n, **m} for n, m in measured.items()], ["variant", "peak_mb", "over_limit_mb"])
     write(args.json, result)
 
 

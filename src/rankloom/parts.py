@@ -16,7 +16,7 @@ from rankloom.errors import RecipeError, near_names
 if TYPE_CHECKING:
     import pydantic
 
-__all__ = ["SLOTS", "Part", "kinds", "part", "part_from_dict"]
+__all__ = ["SLOTS", "Part", "kinds", "offering", "part", "part_from_dict"]
 
 SLOTS = ("targets", "adapter", "init", "rank", "optimizer", "routing", "base", "lifecycle")
 
@@ -31,6 +31,8 @@ class Part:
 
     slot: ClassVar[str]
     kind: ClassVar[str]
+    variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+    """Settings under which this part offers different things, the default first: messages name them as alternatives."""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -42,12 +44,31 @@ class Part:
         """Capabilities that this part brings to the recipe."""
         return frozenset()
 
+    def variant(self) -> str:
+        """The kind, with the settings of the variant this is."""
+        own = [v for v in self.variants if all(getattr(self, key) == value for key, value in v.items())]
+        return _shown(self.kind, own[-1])
+
     def check(self) -> None:
         """Raise :class:`RecipeError` where the settings alone are impossible."""
 
     def to_dict(self) -> dict[str, Any]:
         """The plain form: ``kind`` and every setting."""
         return {"kind": self.kind, **dataclasses.asdict(self)}
+
+
+def _shown(kind: str, settings: Mapping[str, Any]) -> str:
+    """A kind and settings as messages write them: ``lora(core=diagonal)``."""
+    return kind + (f"({', '.join(f'{key}={value}' for key, value in settings.items())})" if settings else "")
+
+
+def offering(slot: str, need: str) -> list[str]:
+    """Kinds of a slot that offer a capability, with the settings that make them do so."""
+    found = []
+    for kind, cls in _REGISTRY[slot].items():
+        variants = [settings for settings in cls.variants if need in cls(**settings).offers]
+        found += [_shown(kind, settings) for settings in variants[:1]]
+    return found
 
 
 _REGISTRY: dict[str, dict[str, type[Part]]] = {slot: {} for slot in SLOTS}

@@ -17,7 +17,7 @@ from rankloom.errors import CompositionError, RecipeError, near_names
 from rankloom.init import InitPart, Kaiming
 from rankloom.lifecycle import Once
 from rankloom.optim import AdamW, OptimizerPart
-from rankloom.parts import SLOTS, Part, kinds, part_from_dict
+from rankloom.parts import SLOTS, Part, offering, part_from_dict
 from rankloom.rank import Fixed, RankPart
 from rankloom.routing import Single
 from rankloom.targets import Target, Targets, exact_pattern, find_targets, whole_parameters
@@ -70,11 +70,11 @@ class Recipe:
         return targets
 
     def _impossible(self, slot: str, part: Part, need: str) -> str:
-        offering = {s: found for s in SLOTS if (found := _offering(s, need))}
-        lacking = next(iter(offering), "adapter")
-        instead = [f"{s} {hint!r}" for s, found in offering.items() for hint in found]
+        offers = {s: found for s in SLOTS if (found := offering(s, need))}
+        lacking = next(iter(offers), "adapter")
+        instead = [f"{s} {hint!r}" for s, found in offers.items() for hint in found]
         return (
-            f"{slot} {part.kind!r} needs {need}, which {lacking} {_variant(self.parts()[lacking])!r} does not have; "
+            f"{slot} {part.kind!r} needs {need}, which {lacking} {self.parts()[lacking].variant()!r} does not have; "
             f"it works with {', '.join(instead) or 'no registered part'}"
         )
 
@@ -192,31 +192,3 @@ def _line(part: Part) -> str:
     ]
     summary = (type(part).__doc__ or "").strip().split("\n")[0].replace("``", "").rstrip(".,:;")
     return f"{part.kind}({', '.join(changed)})  # {summary}"
-
-
-_VARIANTS: dict[str, list[dict[str, Any]]] = {
-    kind: [{}, {"core": "diagonal"}, {"core": "square", "train": "core"}, {"train": "B"}] for kind in ("lora", "dora")
-}
-
-
-def _variant(part: Part) -> str:
-    """A part's kind, with its setting where that decides what it offers."""
-    for settings in _VARIANTS.get(part.kind, [])[1:]:
-        if all(getattr(part, key) == value for key, value in settings.items()):
-            return _shown(part.kind, settings)
-    return part.kind
-
-
-def _shown(kind: str, settings: Mapping[str, Any]) -> str:
-    return kind + (f"({', '.join(f'{key}={value}' for key, value in settings.items())})" if settings else "")
-
-
-def _offering(slot: str, need: str) -> list[str]:
-    """Kinds of a slot that offer a capability, with the setting that makes them do so."""
-    found = []
-    for kind, cls in kinds(slot).items():
-        for settings in _VARIANTS.get(kind, [{}]):
-            if need in cls(**settings).offers:
-                found.append(_shown(kind, settings))
-                break
-    return found

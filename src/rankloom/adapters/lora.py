@@ -3,7 +3,7 @@ square core (2405.17604), LoRA-FA's frozen ``A`` (2308.03303)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
@@ -216,6 +216,13 @@ class LoRA(AdapterPart):
     ``alpha_pattern`` override rank and alpha for the targets a pattern matches (last match wins). Parameters per target:
     ``r (in + out)``, plus the core's ``r`` or ``r^2``; the core's alone where only it is trained, ``r out`` for ``B`` alone.
     """
+
+    variants: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {},
+        {"core": "diagonal"},
+        {"core": "square", "train": "core"},
+        {"train": "B"},
+    )
 
     rank: int = 8
     alpha: float = 16.0

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rankloom.adapters import Binding, LowRankAdapter
-from rankloom.calibration import Calibration, GradientReport, exact_gradients, gradient_svd
+from rankloom.calibration import GradientReport
 from rankloom.errors import RecipeError
-from rankloom.init.base import InitContext, InitPart
+from rankloom.init.base import InitContext
+from rankloom.init.from_gradient import FromGradient
 from rankloom.linalg import leading_svd
 from rankloom.parts import part
 
@@ -41,7 +42,7 @@ def block_indices(
 
 @part("init", "gradient-blocks")
 @dataclass(frozen=True)
-class GradientBlocks(InitPart):
+class GradientBlocks(FromGradient):
     """LoRA-GA's start: with the full gradient ``G = U diag(S) V^T`` on the calibration data and two index blocks,
 
     ``A0 = c V[:, block_A]^T``, ``B0 = c U[:, block_B]``, and ``s B0 A0`` is subtracted.
@@ -51,38 +52,21 @@ class GradientBlocks(InitPart):
 
     ``scale``: ``"stable"``, ``c^2 = sqrt(out) / gamma``, which with rsLoRA's ``s`` makes the output's scale independent of r,
     in and out; ``"gd"``, ``c = 1 / s``; ``"unit"``, ``c = 1``; ``"weight"``, ``c`` the mean of ``sqrt(S_i(W) / s)`` over the
-    leading r. ``blocks``: see :func:`block_indices`. A core takes ``c^2``. ``method``, ``oversample``, ``passes``: of the
-    gradient sketch, as in LoRA-One's start, at rank 2r.
+    leading r. ``blocks``: see :func:`block_indices`. A core takes ``c^2``. The other settings are those of
+    every start from the gradient, of which this one takes the leading 2r triplets.
     """
 
     scale: Literal["stable", "gd", "unit", "weight"] = "stable"
     gamma: float = 16.0
     blocks: Blocks = "ArB2r"
-    method: Literal["sketch", "exact"] = "sketch"
-    oversample: int = 24
-    passes: int = 3
 
-    evidence: ClassVar[Literal["none", "weight", "gradient", "activations"]] = "gradient"
     offset: ClassVar[bool] = True
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"factors"})
+    triplets: ClassVar[int] = 2
 
     def check(self) -> None:
+        super().check()
         if self.gamma <= 0:
             raise RecipeError(f"init gamma must be positive, got {self.gamma}")
-        if self.passes < 2:
-            raise RecipeError(f"init passes must be at least 2 (range, projection), got {self.passes}")
-
-    def gather(self, model: nn.Module, bindings: list[Binding], calibration: Calibration, seed: int) -> GradientReport:
-        targets = [binding.target for binding in bindings]
-        rank = 2 * max(binding.adapter.rank for binding in bindings)
-        if self.method == "exact":
-            return exact_gradients(model, targets, calibration, rank=rank)[1]
-        return gradient_svd(
-            model, targets, calibration, rank=rank, oversample=self.oversample, passes=self.passes, seed=seed
-        )
 
     def apply(self, context: InitContext) -> None:
         gathered: GradientReport = context.evidence

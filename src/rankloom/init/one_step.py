@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
-from torch import nn
 
 from rankloom.adapters import Binding, LowRankAdapter
-from rankloom.calibration import Calibration, GradientReport, GradientSVD, exact_gradients, gradient_svd
+from rankloom.calibration import GradientReport, GradientSVD
 from rankloom.errors import GradientError, RecipeError
-from rankloom.init.base import InitContext, InitPart
+from rankloom.init.base import InitContext
+from rankloom.init.from_gradient import FromGradient
 from rankloom.init.random import kaiming_rows
 from rankloom.parts import part
 
@@ -20,7 +20,7 @@ __all__ = ["OneStepGradient"]
 
 @part("init", "one-step-gradient")
 @dataclass(frozen=True)
-class OneStepGradient(InitPart):
+class OneStepGradient(FromGradient):
     """LoRA-One's start, Algorithm 1: with ``N = -G = U diag(S) V^T`` the negative full gradient on the calibration data,
 
     ``B0 = U_r diag(sqrt(S_i / S1)) / sqrt(gamma)``, ``A0 = diag(sqrt(S_i / S1)) V_r^T / sqrt(gamma)``.
@@ -29,50 +29,23 @@ class OneStepGradient(InitPart):
     so the function at step 0 is the pretrained one after a rank-r gradient step.
 
     ``gamma``: a number, or ``"auto"``: a line search on the calibration loss over ``grid`` (128 where nothing lowers it).
-    ``method``: ``"sketch"`` streams the triplets in ``passes`` passes at width ``r + oversample`` (more where ``tolerance``
-    asks), ``"exact"`` holds the full gradients. Directions with ``S_i <= dead * S1`` carry no signal and would never get
-    one, both factors being zero: they start as LoRA's do (A random, B zero), and so does a target whose gradient is zero.
+    Directions with ``S_i <= dead * S1`` carry no signal and would never get one, both factors being zero: they start as
+    LoRA's do (A random, B zero), and so does a target whose gradient is zero. The other settings are those of every start
+    from the gradient.
     """
 
     gamma: float | Literal["auto"] = 128.0
-    method: Literal["sketch", "exact"] = "sketch"
-    oversample: int = 24
-    passes: int = 3
-    tolerance: float | None = None
     dead: float = 1e-6
     grid: tuple[float, ...] = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
-
-    evidence: ClassVar[Literal["none", "weight", "gradient", "activations"]] = "gradient"
 
     @property
     def moves_output(self) -> bool:
         return True
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"factors"})
-
     def check(self) -> None:
+        super().check()
         if (self.gamma != "auto" and self.gamma <= 0) or min(self.grid, default=0) <= 0:
             raise RecipeError(f"init gamma and its grid must be positive, got {self.gamma} and {self.grid}")
-        if self.passes < 2:
-            raise RecipeError(f"init passes must be at least 2 (range, projection), got {self.passes}")
-
-    def gather(self, model: nn.Module, bindings: list[Binding], calibration: Calibration, seed: int) -> GradientReport:
-        targets = [binding.target for binding in bindings]
-        rank = max(binding.adapter.rank for binding in bindings)
-        if self.method == "exact":
-            return exact_gradients(model, targets, calibration, rank=rank)[1]
-        return gradient_svd(
-            model,
-            targets,
-            calibration,
-            rank=rank,
-            oversample=self.oversample,
-            passes=self.passes,
-            tolerance=self.tolerance,
-            seed=seed,
-        )
 
     def apply(self, context: InitContext) -> None:
         gathered: GradientReport = context.evidence

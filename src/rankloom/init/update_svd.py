@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from rankloom.adapters import Binding, LowRankAdapter
-from rankloom.calibration import Calibration, GradientReport, GradientSVD, full_gradients, gradient_svd
+from rankloom.calibration import Calibration, GradientReport, GradientSVD, full_gradients
 from rankloom.errors import RecipeError
-from rankloom.init.base import InitContext, InitPart
+from rankloom.init.base import InitContext
+from rankloom.init.from_gradient import FromGradient
 from rankloom.linalg import leading_svd
 from rankloom.parts import part
 
@@ -22,7 +23,7 @@ __all__ = ["UpdateSVD"]
 
 @part("init", "update-svd")
 @dataclass(frozen=True)
-class UpdateSVD(InitPart):
+class UpdateSVD(FromGradient):
     """LoRA-SB's start: an estimate ``M = U diag(S) V^T`` of the first full-fine-tuning update, on the calibration data,
 
     ``B = U_r``, ``A = V_r^T``, core ``R0 = diag(S_r) / s``, so ``s B R0 A`` is the best rank-r approximation of ``M``.
@@ -33,39 +34,28 @@ class UpdateSVD(InitPart):
     core both factors take the square root.
 
     The sign needs every entry of the gradient. Targets take turns, as many at a time as fit into ``memory`` GiB of full
-    gradients, one pass over the data each turn; ``"gradient"`` streams a sketch of three passes and forms none.
+    gradients, one pass over the data each turn, and no setting of a sketch matters. The gradient itself is sketched or exact,
+    as in every start from it.
     """
 
     update: Literal["sign", "gradient"] = "sign"
     step_size: float = 1e-4 / 31
     memory: float = 1.0
-    oversample: int = 24
-    passes: int = 3
-
-    evidence: ClassVar[Literal["none", "weight", "gradient", "activations"]] = "gradient"
 
     @property
     def moves_output(self) -> bool:
         return True
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"factors"})
-
     def check(self) -> None:
+        super().check()
         if self.step_size <= 0 or self.memory <= 0:
             raise RecipeError(
                 f"init step_size and memory must be positive, got {self.step_size} and {self.memory} (GiB)"
             )
-        if self.passes < 2:
-            raise RecipeError(f"init passes must be at least 2 (range, projection), got {self.passes}")
 
     def gather(self, model: nn.Module, bindings: list[Binding], calibration: Calibration, seed: int) -> GradientReport:
         if self.update == "gradient":
-            rank, targets = max(binding.adapter.rank for binding in bindings), [binding.target for binding in bindings]
-            return gradient_svd(
-                model, targets, calibration, rank=rank, oversample=self.oversample, passes=self.passes, seed=seed
-            )
+            return super().gather(model, bindings, calibration, seed)
         begin, report = time.perf_counter(), GradientReport(0.0, 0, 0.0, 0.0, 1.0, {})
         for group in self._groups(bindings):
             gradients, report.loss, report.tokens = full_gradients(model, [b.target for b in group], calibration)

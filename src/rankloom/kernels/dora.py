@@ -49,10 +49,17 @@ class _DoRALinears(torch.autograd.Function):
         trains_a, trains_b, trains_gain = (any(ctx.needs_input_grad[i::5]) for i in (4, 5, 6))
         flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
         grad_gains: list[Tensor | None] = [None] * count
-        if trains_gain:
-            gradient = _from_output if bool((torch.cat(gains).abs() > 1e-6).all()) else _from_input
-            grad_gains = [gradient(x, *own) for own in zip(flat, outs, linears, gains, strict=True)]
-        scaled = [grad * gain.to(x.dtype) for grad, gain in zip(flat, gains, strict=True)]
+        scaled = []
+        readable = trains_gain and bool((torch.cat(gains).abs() > 1e-6).all())
+        for i, (grad, out, linear, gain) in enumerate(zip(flat, outs, linears, gains, strict=True)):
+            product = None
+            if trains_gain:
+                gained = _without_bias(out, linear.bias) if readable else _formed_again(x, linear)
+                product = grad * gained.view_as(grad)
+                dots = product.sum(0).to(gain.dtype)  # sums of halves accumulate in float32 by themselves
+                grad_gains[i] = dots / gain if readable else dots
+            # Into memory that has served its purpose and is still in the caches.
+            scaled.append(torch.mul(grad, gain.to(x.dtype), out=product))
         grad_x, grad_as, grad_bs = products_backward(
             scaled, x if trains_a else None, hidden if trains_b else None, operands, ctx.needs_input_grad[0]
         )
@@ -65,21 +72,14 @@ def _linears(scales: Sequence[float], tensors: Sequence[Any]) -> tuple[list[Line
     return [Linear(*linear) for linear in zip(weights, biases, a, b, scales, strict=True)], list(gains)
 
 
-def _from_output(x: Tensor, grad: Tensor, out: Tensor, linear: Linear, gain: Tensor) -> Tensor:
-    """The gradient in the gain, ``u`` being read back from the output."""
-    y = out.view(-1, out.shape[-1])
-    return _column_dots(grad, y if linear.bias is None else y - linear.bias, gain.dtype) / gain
+def _without_bias(out: Tensor, bias: Tensor | None) -> Tensor:
+    """``g u``, read back from the output."""
+    return out if bias is None else out - bias
 
 
-def _from_input(x: Tensor, grad: Tensor, out: Tensor, linear: Linear, gain: Tensor) -> Tensor:
-    """The same with ``u`` formed again."""
-    (u,), *_ = products_forward(x, [linear._replace(bias=None)])
-    return _column_dots(grad, u.view_as(grad), gain.dtype)
-
-
-def _column_dots(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """Dot products of matching columns (tokens, n) -> (n,) in ``dtype``."""
-    return torch.sum(left * right, 0).to(dtype)  # sums of halves accumulate in float32 by themselves
+def _formed_again(x: Tensor, linear: Linear) -> Tensor:
+    """``u`` itself."""
+    return products_forward(x, [linear._replace(bias=None)])[0][0]
 
 
 def dora_linears(x: Tensor, linears: Sequence[Linear], gains: Sequence[Tensor]) -> tuple[Tensor, ...]:
