@@ -5,7 +5,8 @@ layers, DoRA <= 1.18x, and at most half of PEFT's extra peak memory.
 
 "thin products" is what no implementation by matrix products can go below: the frozen limit plus the six bare products a
 rank-16 update needs (A x^T, B h; B^T g, A^T d, d x, h g; shared inputs stacked), timed on buffers of their own, without
-autograd, casts or optimizer.
+autograd, casts or optimizer. "dora's products" adds what DoRA cannot do without: W A^T for the norms, and per output one
+multiplication forward, and backward the gain's gradient and another multiplication.
 
 The frozen limit is the bare model's forward pass and the backward pass to its inputs. A step is forward, backward and
 AdamW, 4 x 256 tokens, dropout off. CPU seconds of one thread, variants in turn, medians. For the timing the C library is
@@ -37,6 +38,7 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 VARIANTS = [
     "limit",
     "thin products",
+    "dora's products",
     "rankloom lora",
     "peft lora",
     "peft lora (base dtype)",
@@ -77,8 +79,8 @@ def step_of(variant: str, model: torch.nn.Module, ids: torch.Tensor) -> Callable
             embeds.grad = None
 
         return limit
-    if variant == "thin products":
-        alone = thin_products(model, ids.numel())
+    if variant.endswith("products"):
+        alone = thin_products(model, ids.numel(), dora=variant.startswith("dora"))
         frozen = step_of("limit", model, ids)
 
         def both() -> None:
@@ -98,8 +100,8 @@ def step_of(variant: str, model: torch.nn.Module, ids: torch.Tensor) -> Callable
     return step
 
 
-def thin_products(model: torch.nn.Module, tokens: int, rank: int = 16) -> Callable[[], Any]:
-    """The six products of every low-rank update, alone."""
+def thin_products(model: torch.nn.Module, tokens: int, *, dora: bool, rank: int = 16) -> Callable[[], Any]:
+    """The six products of every low-rank update, alone; with ``dora`` also what its norms, gains and their gradients take."""
     groups = []
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
@@ -112,14 +114,22 @@ def thin_products(model: torch.nn.Module, tokens: int, rank: int = 16) -> Callab
             weight.new_zeros(s) for s in ((ranks, weight.shape[1]), (tokens, weight.shape[1]), *[(ranks, tokens)] * 2)
         )
         each = [(weight.new_zeros(len(m.weight), rank), weight.new_zeros(tokens, len(m.weight))) for m in group]
-        buffers.append((a, x, h, d, each))
+        gains = [(m.weight, weight.new_ones(len(m.weight)), weight.new_zeros(tokens, len(m.weight))) for m in group]
+        buffers.append((a, x, h, d, each, gains if dora else ()))
 
     def forward_backward() -> None:
-        for a, x, h, _, each in buffers:
+        for a, x, h, _, each, gains in buffers:
+            for weight, gain, out in gains:
+                torch.mm(weight, a[:rank].mT)
+                out.mul_(gain)
             torch.mm(a, x.mT, out=h)
             for (b, y), part in zip(each, h.split(rank), strict=True):
                 y.addmm_(part.mT, b.mT)
-        for a, x, h, d, each in reversed(buffers):
+        for a, x, h, d, each, gains in reversed(buffers):
+            for (_, y), (_, gain, out) in zip(each, gains, strict=False):
+                product = y * out
+                product.sum(0)
+                torch.mul(y, gain, out=product)
             for (b, y), part in zip(each, d.split(rank), strict=True):
                 torch.mm(b.mT, y.mT, out=part)
             torch.mm(d, x)
@@ -176,7 +186,7 @@ def child(variant: str, layers: int, dtype: str) -> None:
 def memory(layers: int, dtype: str, variants: list[str]) -> dict[str, float]:
     """Peak memory of each variant, a process each."""
     peaks = {}
-    for variant in [variant for variant in variants if variant != "thin products"]:
+    for variant in [variant for variant in variants if not variant.endswith("products")]:
         command = [sys.executable, __file__, "--child", variant, "--layers", str(layers), "--dtype", dtype]
         plain = {key: value for key, value in os.environ.items() if key not in KEEP_MEMORY}
         output = subprocess.run(command, check=True, capture_output=True, text=True, env=plain).stdout
