@@ -1,0 +1,56 @@
+"""The two contracts of this package: a factor of the softmax kernel, and an approximation of one head's attention.
+
+Shapes throughout: ``g`` query heads share one key head; ``q`` is (g, L, d), ``k`` (L, d), ``v`` (L, d_v), an output
+(g, L, d_v). Features run along the rows, tokens along the columns: (width, n).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+__all__ = ["Approximation", "Factor"]
+
+
+class Factor(ABC):
+    """``exp(q . k) ~ phi(q)^T M phi(k)`` with one feature map ``phi`` from ``dim`` to ``width`` and a symmetric ``M``."""
+
+    dim: int
+    width: int
+
+    @abstractmethod
+    def features(self, x: Tensor) -> Tensor:
+        """``phi`` of the columns of ``x`` (dim, n): (width, n)."""
+
+    @abstractmethod
+    def pull_back(self, x: Tensor, features: Tensor, grad: Tensor) -> Tensor:
+        """The gradient in ``x`` (dim, n) from ``grad`` (width, n), the gradient in ``features = phi(x)``."""
+
+    @abstractmethod
+    def mix(self, state: Tensor) -> Tensor:
+        """``M @ state`` for ``state`` (width, m)."""
+
+
+class Approximation(ABC):
+    """One head's attention ``softmax(scale * q k^T) v``, approximated, with everything it was fitted to held fixed.
+
+    Differentiable once in ``q``, ``k`` and ``v``: the gradient is that of the approximate map itself.
+    """
+
+    scale: float
+    causal: bool
+
+    @abstractmethod
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The output (g, L, d_v), and the denominators (g, L), which have no gradient: a head where one of them is not
+        positive and finite has no valid output."""
+
+    @abstractmethod
+    def weights(self, q: Tensor, at: Tensor, k: Tensor) -> Tensor:
+        """The normalised attention rows (m, L) that :meth:`__call__` amounts to, for single queries ``q`` (m, d) at the
+        positions ``at`` (m,): dense, differentiable in ``q`` and ``k``; for certificates and tests."""
+
+    @abstractmethod
+    def difficulty(self, q: Tensor) -> Tensor:
+        """What grows with a query row's expected error (its norm in the factor's coordinates): (g, L)."""
