@@ -237,6 +237,15 @@ def test_what_peft_saves_loads_here(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(zoo.logits(model, inputs_for(kind)), expected, **TOLERANCE)
 
 
+@torch.no_grad()
+def moved(model: torch.nn.Module) -> None:
+    """As after some training: every trainable parameter elsewhere."""
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
 def started_by_peft(start: str, **settings: Any) -> Any:
     """A PEFT model whose init edits the base weights; in float32, which it insists on."""
     from peft.tuners.lora.config import CordaConfig
@@ -268,11 +277,7 @@ def test_adapters_whose_start_edited_the_base_load_once_peft_has_converted_them(
         model.peft_config["default"].init_lora_weights = True  # so that PEFT does not edit the base again
         model.save_pretrained(tmp_path / "start")
         model.peft_config["default"].init_lora_weights = start
-        generator = torch.Generator().manual_seed(3)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        moved(model)
         expected = zoo.logits(model, inputs_for("llama"))
         model.save_pretrained(tmp_path / "raw")
         model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
@@ -296,11 +301,7 @@ def test_an_eva_adapter_with_its_own_ranks_loads(tmp_path: Path) -> None:
         )
         model = peft.get_peft_model(zoo.build("llama", dtype=torch.float32), config)
         peft.initialize_lora_eva_weights(model, [zoo.batch("llama", 3, rows=8)], show_progress_bar=False)
-        generator = torch.Generator().manual_seed(3)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        moved(model)
         expected = zoo.logits(model, inputs_for("llama"))
         model.save_pretrained(tmp_path / "eva")
     handle = rankloom.load(zoo.build("llama", dtype=torch.float32), tmp_path / "eva")
