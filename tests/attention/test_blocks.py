@@ -16,7 +16,7 @@ from rankloom.attention.heavy import heaviness, heavy_threshold
 from rankloom.attention.nystrom import Nystrom
 from rankloom.attention.polynomial import Isotropic
 from rankloom.attention.precondition import Preconditioner
-from rankloom.errors import DataError, RecipeError
+from rankloom.errors import CompositionError, DataError, RecipeError
 
 DIM, VALUES, SCALE = 3, 5, 0.4
 Head = tuple[Tensor, Tensor, Tensor]
@@ -262,6 +262,10 @@ def test_bad_settings_and_shapes() -> None:
             Windowed(p, factor, scale=SCALE, causal=causal, window=window, sinks=sinks)
     with pytest.raises(RecipeError, match="block >= 1"):
         BlockExact(p, factor, scale=SCALE, block=0)
+    with pytest.raises(CompositionError, match="fit it anew"):
+        Windowed(p, factor, scale=2 * SCALE, causal=True)
+    with pytest.raises(CompositionError, match="the factor takes 4 coordinates"):
+        BlockExact(p, Isotropic(4, 1), scale=SCALE)
     for part in (Windowed(p, factor, scale=SCALE, causal=True), BlockExact(p, factor, scale=SCALE)):
         for bad in ((q[0], k, v), (q, k[:-1], v), (q, k, v[:-1]), (q, k[None], v)):
             with pytest.raises(DataError, match="pass one key head with its g query heads"):
