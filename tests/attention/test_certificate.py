@@ -14,6 +14,7 @@ from rankloom.attention.contract import Approximation
 from rankloom.attention.projection import Projection
 from rankloom.attention.strata import stratify, sum_of_rows, total
 from rankloom.errors import AttentionError
+from rankloom.kernels.lowrank import Linear
 
 
 class Polynomial(Approximation):
@@ -119,14 +120,14 @@ def test_adapter_gradients_against_autograd(causal: bool) -> None:
         return torch.randn(*size, generator=g, dtype=torch.float64)
 
     x, grad = rand(length, width), rand(heads, length, dim)
-    sizes = {"Q": heads * dim, "K": dim, "V": dim}
+    sizes = {"q": heads * dim, "k": dim, "v": dim}
     base = {n: 0.15 * rand(size, width) for n, size in sizes.items()}
     a, b = {n: rand(rank, width) for n in sizes}, {n: 0.1 * rand(size, rank) for n, size in sizes.items()}
     turns = torch.linalg.qr(rand(length, dim, dim)).Q
 
     def made(n: str) -> Tensor:
         y = (x @ (base[n] + 0.7 * b[n] @ a[n]).mT).view(length, -1, dim).transpose(0, 1)
-        return y if n == "V" else torch.einsum("lij,hlj->hli", turns, y)
+        return y if n == "v" else torch.einsum("lij,hlj->hli", turns, y)
 
     def turn_back(grad: Tensor, at: Tensor) -> Tensor:
         return torch.einsum("lij,hli->hlj", turns[at], grad)
@@ -136,10 +137,12 @@ def test_adapter_gradients_against_autograd(causal: bool) -> None:
     head = Polynomial(3, scale=0.5, causal=causal)
     want = []
     for map_ in (head, Exact(0, scale=0.5, causal=causal)):
-        out, _ = map_(made("Q"), made("K")[0], made("V")[0])
+        out, _ = map_(made("q"), made("k")[0], made("v")[0])
         want.append(dict(zip(names, torch.autograd.grad(out, leaves, grad), strict=True)))
-    projections = {n: Projection(x, a[n], b[n], 0.7, None if n == "V" else turn_back) for n in sizes}
-    q, k, v = made("Q").detach(), made("K")[0].detach(), made("V")[0].detach()
+    projections = {
+        n: Projection(x, Linear(base[n], None, a[n], b[n], 0.7), None if n == "v" else turn_back) for n in sizes
+    }
+    q, k, v = made("q").detach(), made("k")[0].detach(), made("v")[0].detach()
     certificate = certify(head, q, k, v, grad=grad, projections=projections)
     assert list(certificate.gradients) == names
     for name, estimate in certificate.gradients.items():
@@ -147,18 +150,17 @@ def test_adapter_gradients_against_autograd(causal: bool) -> None:
         assert estimate.error == pytest.approx(error, rel=1e-9) and error > 1e-4, name
         assert estimate.correction is not None
         torch.testing.assert_close(want[0][name] + estimate.correction, want[1][name], rtol=1e-10, atol=1e-12)
-    partial = certify(head, q, k, v, grad=grad, projections={n: projections[n] for n in ("Q", "V")})
-    assert list(partial.gradients) == ["dA_Q", "dB_Q", "dA_V", "dB_V"]
+    partial = certify(head, q, k, v, grad=grad, projections={n: projections[n] for n in "qv"})
+    assert list(partial.gradients) == ["dA_q", "dB_q", "dA_v", "dB_v"]
 
 
 def test_a_gradient_that_is_zero_has_no_error() -> None:
     """With ``B = 0``, ``dA`` is zero exactly and approximately."""
     q, k, v, grad = inputs(1, 600, 4, 0.3, seed=0)
-    projection = Projection(
-        torch.randn(600, 6, dtype=q.dtype), torch.randn(2, 6, dtype=q.dtype), q.new_zeros(4, 2), 1.0
-    )
-    found = certify(Polynomial(2, scale=0.5, causal=True), q, k, v, grad=grad, projections={"Q": projection}).gradients
-    assert (found["dA_Q"].error, found["dA_Q"].upper) == (0.0, 0.0) and found["dB_Q"].error > 0
+    a, b = torch.randn(2, 6, dtype=q.dtype), q.new_zeros(4, 2)
+    projection = Projection(torch.randn(600, 6, dtype=q.dtype), Linear(b @ a, None, a, b, 1.0))
+    found = certify(Polynomial(2, scale=0.5, causal=True), q, k, v, grad=grad, projections={"q": projection}).gradients
+    assert (found["dA_q"].error, found["dA_q"].upper) == (0.0, 0.0) and found["dB_q"].error > 0
 
 
 def test_strata() -> None:
@@ -350,7 +352,7 @@ def test_bad_input_is_refused() -> None:
         ({"grad": grad[:, :-1]}, "gradient is"),
         ({"grad": grad / 0}, "grad is not finite"),
         ({"rows": 10}, "at least 64 rows"),
-        ({"projections": {"O": Projection(q, k, v, 1.0)}}, "not O"),
+        ({"projections": {"o": Projection(q, Linear(k, None, k, v, 1.0))}}, "not o"),
     ):
         with pytest.raises(AttentionError, match=message):
             certify(head, q, k, v, **options)

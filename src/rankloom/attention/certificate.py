@@ -59,7 +59,7 @@ class Estimate:
 class Certificate:
     """Estimates of the relative error of a head's output and of its gradients, and the number of exact rows behind them.
 
-    ``gradients`` has the keys ``dQ, dK, dV``, or ``dA_Q, dB_Q, ...`` of the projections given. A failed certificate says why in
+    ``gradients`` has the keys ``dQ, dK, dV``, or ``dA_q, dB_q, ...`` of the projections given. A failed certificate says why in
     ``reason``; its error is infinite and it has no gradients.
     """
 
@@ -93,7 +93,7 @@ def certify(
 
     ``out`` and ``denominators`` are what ``approximation(q, k, v)`` returned, ``gradients`` (dQ, dK, dV) what it gave back for
     ``grad`` (g, L, d_v); what is not given is computed. With ``grad`` the gradients are estimated as well: dQ, dK, dV, or with
-    ``projections`` for any of ``Q, K, V`` the ``dA_n`` and ``dB_n`` of those.
+    ``projections`` for any of ``q, k, v`` the ``dA_n`` and ``dB_n`` of those.
 
     ``rows`` is cut to ``g L / 8``, though never below 64; up to that many rows a head is computed exactly. Half precision is
     certified in float32. Time ``O(rows L d)`` plus the dense rows of the approximation; memory ``O(2^21 + L (d + d_v))``.
@@ -171,9 +171,13 @@ class _Head:
         if not self.projections:
             return {"dK": dk, "dV": dv}
         everywhere = torch.arange(self.length, device=dk.device)
-        parts = {"Q": (dq, everywhere if at is None else at), "K": (dk[None], everywhere), "V": (dv[None], everywhere)}
+        parts = {"q": (dq, everywhere if at is None else at), "k": (dk[None], everywhere), "v": (dv[None], everywhere)}
         named = {n: p.gradients(*parts[n]) for n, p in self.projections.items()}
-        return {f"{factor}_{n}": t for n, pair in named.items() for factor, t in zip(("dA", "dB"), pair, strict=True)}
+        return {
+            f"{factor}_{n.upper()}": t
+            for n, pair in named.items()
+            for factor, t in zip(("dA", "dB"), pair, strict=True)
+        }
 
     def _batch(self, index: Tensor, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         head, at, backward = index // self.length, index % self.length, self.grad is not None
@@ -248,8 +252,8 @@ def _check(
         raise AttentionError(f"a certificate takes q (g, L, d), k (L, d) and v (L, d_v) of one length, not {shapes}")
     if grad is not None and grad.shape != (*q.shape[:2], v.shape[1]):
         raise AttentionError(f"the output's gradient is {(*q.shape[:2], v.shape[1])}, not {tuple(grad.shape)}")
-    if unknown := set(projections or ()) - {"Q", "K", "V"}:
-        raise AttentionError(f"projections are named Q, K and V, not {', '.join(sorted(unknown))}")
+    if unknown := set(projections or ()) - {"q", "k", "v"}:
+        raise AttentionError(f"projections are named q, k and v, not {', '.join(sorted(unknown))}")
     if rows < FEWEST:
         raise AttentionError(f"a certificate needs at least {FEWEST} rows, not {rows}")
     for name, t in {"q": q, "k": k, "v": v, "grad": grad}.items():

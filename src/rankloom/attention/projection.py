@@ -5,32 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from rankloom.attention.exact import factor_gradients
+from rankloom.kernels.lowrank import Linear
 
 __all__ = ["Projection"]
 
 
 @dataclass(frozen=True)
 class Projection:
-    """The adapter ``W' = W + scale * b a`` that makes the queries, the keys or the values from ``x``.
+    """The low-rank ``linear`` that makes the queries, the keys or the values of a head from ``x`` (L, D).
 
-    ``x`` (L, D), ``a`` (r, D), ``b`` (heads * d, r) with ``heads = g`` for queries and 1 for keys and values. For ``dn`` the
-    gradient in the projected rows, ``dA = scale (dn b)^T x`` (r, D) and ``dB = scale dn^T (x a^T)`` (heads * d, r).
-    ``pull_back(dn, at)`` undoes what stands between projection and attention, such as rotary positions: it takes gradients
-    (heads, n, d) at the positions ``at`` (n,) to those in the projection's own output.
+    ``linear.b`` is (heads * d, r), with ``heads = g`` for queries and 1 for keys and values. ``pull_back(grad, at)`` undoes what
+    stands between the projection and attention, such as rotary positions: it takes gradients (heads, n, d) at the positions
+    ``at`` (n,) to those in the projection's own output; None where nothing does.
     """
 
     x: Tensor
-    a: Tensor
-    b: Tensor
-    scale: float
+    linear: Linear
     pull_back: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def gradients(self, grad: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-        """``dA`` and ``dB`` from ``grad`` (heads, n, d) at the positions ``at`` (n,)."""
+        """``dA`` (r, D) and ``dB`` (heads * d, r) from ``grad`` (heads, n, d) at the positions ``at`` (n,)."""
         grad = grad if self.pull_back is None else self.pull_back(grad, at)
-        x, a, b = (t.detach().to(grad.dtype) for t in (self.x[at], self.a, self.b))
-        d_a = torch.einsum("hnd,hdr->rn", grad, b.view(*grad.shape[::2], -1)) @ x
-        d_b = torch.einsum("hnd,nr->hdr", grad, x @ a.mT).flatten(0, 1)
-        return self.scale * d_a, self.scale * d_b
+        x, a, b = (t.detach().to(grad.dtype) for t in (self.x[at], self.linear.a, self.linear.b))
+        return factor_gradients(x, self.linear._replace(a=a, b=b), grad.transpose(0, 1).flatten(1))
