@@ -170,18 +170,15 @@ def phase(degree_rows: list[dict[str, Any]], time_rows: list[dict[str, Any]]) ->
     return cells
 
 
-def break_even(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each d and B the shortest length measured at which the factor is faster; infinite where at none."""
-    return [
-        {
-            "d": dim,
-            "B": bound,
-            "from_L": min(
-                (c["L"] for c in cells if (c["d"], c["B"]) == (dim, bound) and c["speed_up"] > 1), default=math.inf
-            ),
-        }
-        for dim, bound in sorted({(c["d"], c["B"]) for c in cells})
-    ]
+def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each d and B: speed-ups by length (``~`` where extrapolated), and the first length that is faster, if any."""
+    rows = []
+    for dim, bound in sorted({(c["d"], c["B"]) for c in cells}):
+        own = sorted((c for c in cells if (c["d"], c["B"]) == (dim, bound)), key=lambda c: c["L"])
+        shown = {f"L={c['L']}": f"{'~' if c['extrapolated'] else ''}{c['speed_up']:.2g}" for c in own}
+        faster = next((c["L"] for c in own if c["speed_up"] > 1), None)
+        rows.append({"d": dim, "B": bound, "degree": own[0]["degree"], **shown, "faster from": faster})
+    return rows
 
 
 def figure(result: dict[str, Any], path: str) -> None:
@@ -194,7 +191,9 @@ def figure(result: dict[str, Any], path: str) -> None:
 
     cells, rows, fitted = result["phase"]["rows"], result["time"]["rows"], result["time"]["growth"]
     dims = sorted({c["d"] for c in cells})
-    plot, axes = plt.subplots(2, max(len(dims), 2), figsize=(4.2 * max(len(dims), 2), 7.6), squeeze=False)
+    plot, axes = plt.subplots(
+        2, max(len(dims), 2), figsize=(4.6 * max(len(dims), 2), 8.4), squeeze=False, layout="constrained"
+    )
     for ax in axes.flat:
         ax.set_visible(False)
     for ax, dim in zip(axes[0], dims, strict=False):
@@ -218,6 +217,8 @@ def figure(result: dict[str, Any], path: str) -> None:
             )
         ax.plot(lengths, [math.log(x) ** 0.5 for x in lengths], "k--", label=r"$\sqrt{\ln L}$")
         ax.set(xscale="log", yscale="log", xlabel="length L", ylabel="entries' bound B", title=f"d = {dim}")
+        plain(ax.yaxis, bounds)
+        plain(ax.xaxis, lengths)
         ax.set_ylim(edges(bounds)[0], max(edges(bounds)[-1], 1.1 * math.log(lengths[-1]) ** 0.5))
         ax.legend(loc="upper left", fontsize=8)
     plot.colorbar(image, ax=axes[0].tolist(), label=r"$\log_2$ speed-up at gradient error 1e-2")
@@ -243,11 +244,19 @@ def figure(result: dict[str, Any], path: str) -> None:
     right.set_title("The degree follows R, hardly d")
     for ax in (left, right):
         ax.set_visible(True)
-        ax.legend(fontsize=7)
+        ax.legend(fontsize=8)
+    plain(left.xaxis, sorted({r["L"] for r in rows}))
+    plain(right.yaxis, [2, 3, 5, 10, 20, 50])
     plot.suptitle("Speed-up of polynomial attention gradients over exact ones (italic: extrapolated)")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     plot.savefig(path, dpi=130, bbox_inches="tight")
     print(f"figure in {path}")
+
+
+def plain(axis: Any, values: list[float]) -> None:
+    """Label exactly these values, in full."""
+    axis.set_ticks(values, labels=[f"{v:g}" if v < 1024 else f"{v / 1024:g}k" for v in values])
+    axis.set_ticks([], minor=True)
 
 
 def edges(values: list[float]) -> list[float]:
@@ -291,11 +300,10 @@ def main() -> None:
                 print(f"d={dim} L={length}", {n: round(s, 4) for n, s in rows[-1]["seconds"].items()}, flush=True)
                 result["time"]["growth"] = growth(rows)
                 cells = phase(result["degree"]["rows"], rows)
-                result["phase"] = {"rows": cells, "break_even": break_even(cells)}
+                result["phase"] = {"rows": cells, "summary": summary(cells)}
                 write(args.json, result)
         table(result["time"]["growth"], ["d", "variant", "lengths", "exponent"])
-        table(result["phase"]["rows"], ["d", "B", "L", "degree", "speed_up", "extrapolated"])
-        table(result["phase"]["break_even"], ["d", "B", "from_L"])
+        table(summary(result["phase"]["rows"]), ["d", "B", "degree", *(f"L={n}" for n in args.lengths), "faster from"])
     if args.figure:
         figure(result, args.figure)
 
