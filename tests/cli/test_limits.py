@@ -62,6 +62,12 @@ def test_probe_of_an_adapter_compared_with_its_base(
     assert len(compared["heads"]) == 8 and set(compared["summary"]["64"]) == {"rose", "fell", "lost", "gained"}
 
 
+def test_a_classifier_of_joined_rows_has_no_loss(capfd: Capture, tiny_llama: Path, tiny_reviews: Path) -> None:
+    assert main(words(tiny_llama, tiny_reviews, "--task", "sequence-classification", "--samples", "1")) == 0
+    out = capfd.readouterr().out
+    assert "1 text(s) of 128 tokens; factors judged on the text they were fitted to; output gradients from random" in out
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
