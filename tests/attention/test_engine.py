@@ -187,7 +187,7 @@ def test_default_chunk_fits_the_cache() -> None:
     for factor in (Isotropic(16, 2), Isotropic(16, 3), Isotropic(64, 2)):
         for causal in (False, True):
             chunk = default_chunk(factor, causal)
-            assert chunk % 32 == 0 and 64 <= chunk <= 4096
+            assert chunk % 32 == 0 and 64 <= chunk <= 1024
             assert chunk * factor.width * 4 <= 1_500_000
 
 

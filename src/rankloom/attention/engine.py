@@ -15,13 +15,14 @@ from rankloom.errors import DataError
 __all__ = ["default_chunk", "factored_attention"]
 
 _CACHE = 1_500_000  # bytes that the features of one chunk may take, so that they stay in a core's L2 cache
+_CHUNK = 1024  # beyond it a chunk's other tensors leave the cache
 _CAUSAL_CHUNK = 256  # the exact diagonal block costs chunk^2: longer chunks pay only where the features are many
 
 
 def default_chunk(factor: Factor, causal: bool, itemsize: int = 4) -> int:
     """Tokens whose features are held at a time, a multiple of 32."""
     fits = max(_CACHE // (itemsize * factor.width) // 32 * 32, 64)
-    return min(fits, _CAUSAL_CHUNK) if causal else min(fits, 4096)
+    return min(fits, _CAUSAL_CHUNK if causal else _CHUNK)
 
 
 def factored_attention(
