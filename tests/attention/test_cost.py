@@ -12,7 +12,9 @@ from rankloom.attention import cost
 from rankloom.attention.cost import KINDS, CostModel, calibrate
 
 LINES = ((100, 1e-4, 2e-6), (300, 3e-4, 4e-6))
-MODEL = CostModel((1e-6, 1e-8), {"isotropic": LINES, "anisotropic": LINES, "nystrom": ((64, 0.0, 1e-5),)}, 2)
+MODEL = CostModel(
+    (1e-6, 1e-8), {"isotropic": LINES, "mehler": LINES, "anisotropic": LINES, "nystrom": ((64, 0.0, 1e-5),)}, 2
+)
 
 
 def test_widths_are_interpolated_and_wider_ones_proportional() -> None:

@@ -15,7 +15,7 @@ from tests.cli.test_cli import fails, train_words
 
 Capture = pytest.CaptureFixture[str]
 LINE = tuple((width, 0.0, 1e-8 * width) for width in (1, 4096))
-COST = CostModel((0.0, 1e-8), {"isotropic": LINE, "anisotropic": LINE, "nystrom": LINE})
+COST = CostModel((0.0, 1e-8), {"isotropic": LINE, "mehler": LINE, "anisotropic": LINE, "nystrom": LINE})
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,9 @@ def test_probe_of_an_adapter_compared_with_its_base(
 def test_a_classifier_of_joined_rows_has_no_loss(capfd: Capture, tiny_llama: Path, tiny_reviews: Path) -> None:
     assert main(words(tiny_llama, tiny_reviews, "--task", "sequence-classification", "--samples", "1")) == 0
     out = capfd.readouterr().out
-    assert "1 text(s) of 128 tokens; factors judged on the text they were fitted to; output gradients from random" in out
+    assert (
+        "1 text(s) of 128 tokens; factors judged on the text they were fitted to; output gradients from random" in out
+    )
 
 
 @pytest.mark.parametrize(

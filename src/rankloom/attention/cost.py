@@ -27,14 +27,15 @@ from torch import Tensor
 
 from rankloom.attention.contract import Factor
 from rankloom.attention.factored import Factored
+from rankloom.attention.mehler import Mehler
 from rankloom.attention.nystrom import Nystrom
 from rankloom.attention.polynomial import Anisotropic, Isotropic
 from rankloom.attention.precondition import Preconditioner
 
 __all__ = ["KINDS", "CostModel", "Kind", "calibrate"]
 
-Kind = Literal["isotropic", "anisotropic", "nystrom"]
-KINDS: tuple[Kind, ...] = ("isotropic", "anisotropic", "nystrom")
+Kind = Literal["isotropic", "mehler", "anisotropic", "nystrom"]
+KINDS: tuple[Kind, ...] = ("isotropic", "mehler", "anisotropic", "nystrom")
 
 _WIDEST = 2200  # the degree-2 polynomial of a 64-dimensional head; wider factors cost in proportion
 _TIMED = 5
@@ -162,9 +163,10 @@ def _factors(kind: Kind, preconditioner: Preconditioner, keys: Tensor) -> list[F
         degrees = [degree for degree in range(1, 13) if comb(dim + degree, degree) <= _WIDEST] or [1]
         return [Isotropic(dim, degree) for degree in sorted({degrees[0], degrees[len(degrees) // 2], degrees[-1]})]
     widths = (64, 256, 1024)
-    if kind == "anisotropic":
-        made: list[Factor] = [Anisotropic(preconditioner.spectrum, width) for width in widths]
-        return list({factor.width: factor for factor in made}.values())  # few variables make few monomials
+    if kind != "nystrom":
+        cut = Mehler if kind == "mehler" else Anisotropic
+        made = {factor.width: factor for factor in (cut(preconditioner.spectrum, width) for width in widths)}
+        return list(made.values())  # few variables make few monomials, and one width for several asked
     return [Nystrom.fit(keys, width, generator=torch.Generator().manual_seed(0)) for width in widths]
 
 

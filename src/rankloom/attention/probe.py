@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.attention.capture import Captured, capture
-from rankloom.attention.cost import KINDS, CostModel, calibrate
+from rankloom.attention.cost import KINDS, CostModel, Kind, calibrate
 from rankloom.attention.precondition import Preconditioner
 from rankloom.attention.report import HeadReport, Report, Verdict
 from rankloom.attention.trial import MOST_FEATURES, NEEDS, Head, Need, Trial, Trials, errors, least_degree
@@ -24,7 +24,12 @@ from rankloom.errors import DataError, RecipeError
 
 __all__ = ["probe", "probe_head"]
 
-_VERDICT: dict[str, Verdict] = {"isotropic": "polynomial", "anisotropic": "polynomial", "nystrom": "low-rank"}
+_VERDICT: dict[Kind, Verdict] = {
+    "isotropic": "polynomial",
+    "mehler": "polynomial",
+    "anisotropic": "polynomial",
+    "nystrom": "low-rank",
+}
 _FEWEST_TOKENS = 64
 _ENERGY = 0.99
 _LOGITS_AT_ONCE = 2**22

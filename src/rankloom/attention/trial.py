@@ -20,6 +20,7 @@ from torch import Tensor
 from rankloom.attention.contract import Approximation, Factor
 from rankloom.attention.cost import Kind
 from rankloom.attention.factored import Factored
+from rankloom.attention.mehler import Mehler
 from rankloom.attention.nystrom import Nystrom
 from rankloom.attention.polynomial import Anisotropic, Isotropic, exponential_series
 from rankloom.attention.precondition import Preconditioner
@@ -206,6 +207,8 @@ class Trials:
         factor: Factor
         if kind == "isotropic":
             factor = Isotropic(head.k.shape[-1], size)
+        elif kind == "mehler":
+            factor = Mehler(preconditioner.spectrum, size)
         elif kind == "anisotropic":
             factor = Anisotropic(preconditioner.spectrum, size)
         else:
