@@ -25,7 +25,10 @@ class Factor(ABC):
 
     @abstractmethod
     def pull_back(self, x: Tensor, features: Tensor, grad: Tensor) -> Tensor:
-        """The gradient in ``x`` (dim, n) from ``grad`` (width, n), the gradient in ``features = phi(x)``."""
+        """The gradient in ``x`` (dim, n) from ``grad`` (width, n), the gradient in ``features = phi(x)``.
+
+        ``grad`` may be used up as working memory.
+        """
 
     @abstractmethod
     def mix(self, state: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import typer
 
-from rankloom.cli import demo, evaluate, export, generate, methods, train
+from rankloom.cli import demo, evaluate, export, generate, limits, methods, train
 from rankloom.errors import RankloomError, near_names
 
 __all__ = ["app", "main"]
@@ -52,6 +52,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 }
 for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)
+app.add_typer(limits.app, name="limits")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,7 +83,7 @@ def _share_cores(words: list[str]) -> None:
     goes there: a training step on two shared cores was measured at 25 s, and at 2 s with this setting. The runtime
     reads it when torch is loaded, which has happened already. A user's own setting is left alone.
     """
-    computes = words and words[0] in ("train", "eval", "generate", "demo")
+    computes = words and words[0] in ("train", "eval", "generate", "demo", "limits")
     if not computes or sys.platform != "linux" or {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         return
     os.execve(sys.executable, sys.orig_argv, {**os.environ, "GOMP_SPINCOUNT": "2000"})
@@ -96,8 +97,8 @@ def _report(error: Exception, words: list[str]) -> int:
         return _fail(_flat(str(error)), 130)
     if hasattr(error, "format_message"):  # what the parser raises, whichever click it carries
         message = _flat(error.format_message())
-        if words and message.startswith("No such command") and "Did you mean" not in message:
-            message = message.rstrip(".") + near_names(words[0], _COMMANDS)
+        if words and words[0] != "limits" and message.startswith("No such command") and "Did you mean" not in message:
+            message = message.rstrip(".") + near_names(words[0], [*_COMMANDS, "limits"])
         return _fail(f"error: {message} (see rankloom --help)", 2)
     if isinstance(error, ModuleNotFoundError):
         return _fail(f"error: {error}; install the extras: pip install 'rankloom[all]'", 2)

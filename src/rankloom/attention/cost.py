@@ -1,0 +1,211 @@
+"""What exact and approximate attention cost on this machine: a few timed calls, then a prediction for any length.
+
+One forward and backward pass of ``g`` query heads that share a key head, in seconds:
+
+    exact(L)       = b L + c L^2                       scaled_dot_product_attention
+    approximate(L) = a + L r(k)                        features of a factor of width k, chunk by chunk
+
+``b, c`` come from two lengths; ``a, r`` from two lengths at each of a few widths of each kind of factor, ``r`` linear between
+them and proportional to ``k`` beyond the widest. Every call is timed three times and the fastest counts: another program on
+the machine can only slow a call down. The approximation's time holds its preconditioner, not its certificate.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from math import comb, inf, sqrt
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rankloom.attention.contract import Factor
+from rankloom.attention.factored import Factored
+from rankloom.attention.nystrom import Nystrom
+from rankloom.attention.polynomial import Anisotropic, Isotropic
+from rankloom.attention.precondition import Preconditioner
+
+__all__ = ["KINDS", "CostModel", "Kind", "calibrate"]
+
+Kind = Literal["isotropic", "anisotropic", "nystrom"]
+KINDS: tuple[Kind, ...] = ("isotropic", "anisotropic", "nystrom")
+
+_WIDEST = 2200  # the degree-2 polynomial of a 64-dimensional head; wider factors cost in proportion
+_TIMED = 3
+_LEAST_SECONDS = 4e-3  # a shorter call times the launch instead of the work
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Predicted seconds of forward and backward of ``group`` query heads on one key head, under one mask and dtype.
+
+    ``quadratic`` holds ``(b, c)``; ``linear[kind]`` a tuple of ``(width, a, r)``, ascending in width.
+    """
+
+    quadratic: tuple[float, float]
+    linear: dict[Kind, tuple[tuple[int, float, float], ...]]
+    group: int = 1
+
+    def exact(self, length: int) -> float:
+        """Seconds of exact attention."""
+        b, c = self.quadratic
+        return b * length + c * length * length
+
+    def approximate(self, length: int, width: int, kind: Kind) -> float:
+        """Seconds of attention through a factor of ``width`` features."""
+        fixed, rate = self._line(width, kind)
+        return fixed + rate * length
+
+    def break_even(self, width: int, kind: Kind) -> float:
+        """The length from which on the approximation is faster; infinite where it never is.
+
+        The positive root of ``c L^2 + (b - r) L - a``: exact attention is convex in ``L`` and starts below.
+        """
+        (b, c), (fixed, rate) = self.quadratic, self._line(width, kind)
+        slope = b - rate
+        if c <= 0:
+            return fixed / slope if slope > 0 else inf
+        return (-slope + sqrt(slope * slope + 4 * c * fixed)) / (2 * c)
+
+    def widest(self, length: int, kind: Kind, *, most: int, within: float = inf) -> int:
+        """The largest width up to ``most`` that takes less than exact attention and than ``within`` seconds; 0 for none."""
+        limit = min(within, self.exact(length))
+        # Seconds never fall with the width, so the first width that is too slow can be bisected for.
+        return bisect_left(range(1, most + 1), limit, key=lambda width: self.approximate(length, width, kind))
+
+    def _line(self, width: int, kind: Kind) -> tuple[float, float]:
+        points = self.linear[kind]
+        above = next((index for index, point in enumerate(points) if point[0] >= width), len(points))
+        if above == 0:
+            return points[0][1:]
+        if above == len(points):
+            last, fixed, rate = points[-1]
+            return fixed, rate * width / last
+        (w0, *low), (w1, *high) = points[above - 1], points[above]
+        share = (width - w0) / (w1 - w0)
+        fixed, rate = (x + share * (y - x) for x, y in zip(low, high, strict=True))
+        return fixed, rate
+
+
+def calibrate(
+    dim: int,
+    dim_v: int | None = None,
+    *,
+    group: int = 1,
+    causal: bool = True,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> CostModel:
+    """Time this machine for heads of ``dim`` (values ``dim_v``), ``group`` query heads a key head; seconds, once a process.
+
+    Remembered for each geometry, device, dtype and number of threads.
+    """
+    return _calibrate(dim, dim_v or dim, group, causal, str(device), dtype, torch.get_num_threads())
+
+
+@lru_cache(maxsize=64)
+def _calibrate(
+    dim: int, dim_v: int, group: int, causal: bool, device: str, dtype: torch.dtype, threads: int
+) -> CostModel:
+    def inputs(length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        shapes = ((group, length, dim), (length, dim), (length, dim_v), (group, length, dim_v))
+        q, k, v, grad = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+        return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad
+
+    def exact(length: int) -> Callable[[], None]:
+        q, k, v, grad = inputs(length)
+        short = max(0, 16 - dim)  # below 16 the kernel leaves its fast path, so exact attention is better off padded
+
+        def run() -> None:
+            wide_q, wide_k = (F.pad(x, (0, short)) if short else x for x in (q, k))
+            out = F.scaled_dot_product_attention(
+                wide_q[None], wide_k[None, None], v[None, None], is_causal=causal, scale=dim**-0.5, enable_gqa=True
+            )
+            torch.autograd.backward(out, grad[None])
+
+        return run
+
+    def approximate(factor: Factor, preconditioner: Preconditioner) -> Callable[[int], Callable[[], None]]:
+        approximation = Factored(preconditioner, factor, scale=preconditioner.scale, causal=causal)
+
+        def at(length: int) -> Callable[[], None]:
+            q, k, v, grad = inputs(length)
+            return lambda: torch.autograd.backward(approximation(q, k, v)[0], grad)
+
+        return at
+
+    q, k, _, _ = inputs(2048)
+    preconditioner = Preconditioner.fit(q.detach()[0].float(), k.detach().float(), 0.1 * dim**-0.5)
+    keys = preconditioner.keys(k.detach().float())
+    linear = {
+        kind: _ascending(
+            (factor.width, *_line(approximate(factor, preconditioner), device))
+            for factor in _factors(kind, preconditioner, keys)
+        )
+        for kind in KINDS
+    }
+    return CostModel(_parabola(exact, device), linear, group)
+
+
+def _factors(kind: Kind, preconditioner: Preconditioner, keys: Tensor) -> list[Factor]:
+    """A narrow, a middling and a wide factor of one kind."""
+    dim = keys.shape[-1]
+    if kind == "isotropic":
+        degrees = [degree for degree in range(1, 13) if comb(dim + degree, degree) <= _WIDEST] or [1]
+        return [Isotropic(dim, degree) for degree in sorted({degrees[0], degrees[len(degrees) // 2], degrees[-1]})]
+    widths = (64, 256, 1024)
+    if kind == "anisotropic":
+        made: list[Factor] = [Anisotropic(preconditioner.spectrum, width) for width in widths]
+        return list({factor.width: factor for factor in made}.values())  # few variables make few monomials
+    return [Nystrom.fit(keys, width, generator=torch.Generator().manual_seed(0)) for width in widths]
+
+
+def _ascending(points: Iterable[tuple[int, float, float]]) -> tuple[tuple[int, float, float], ...]:
+    """The points with timing noise taken out: more features never take less time."""
+    widths, *columns = zip(*sorted(points), strict=True)
+    return tuple(zip(widths, *(accumulate(column, max) for column in columns), strict=True))
+
+
+def _seconds(run: Callable[[], None], device: str) -> float:
+    """The fastest of a few calls, after one that warms up."""
+    fastest = inf
+    for _ in range(_TIMED + 1):
+        _wait(device)
+        begin = time.perf_counter()
+        run()
+        _wait(device)
+        fastest = min(fastest, time.perf_counter() - begin)
+    return fastest
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def _two_lengths(at: Callable[[int], Callable[[], None]], device: str) -> tuple[int, float, float]:
+    """A length long enough to time, its seconds, and those of twice the length."""
+    length, most = 1024, 1024 if device == "cpu" else 65536
+    while (once := _seconds(at(length), device)) < _LEAST_SECONDS and length < most:
+        length *= 2
+    return length, once, _seconds(at(2 * length), device)
+
+
+def _line(at: Callable[[int], Callable[[], None]], device: str) -> tuple[float, float]:
+    length, once, twice = _two_lengths(at, device)
+    fixed = min(max(0.0, 2 * once - twice), once)
+    return fixed, (twice - fixed) / (2 * length)
+
+
+def _parabola(at: Callable[[int], Callable[[], None]], device: str) -> tuple[float, float]:
+    length, once, twice = _two_lengths(at, device)
+    # Through both points, with neither term negative.
+    quadratic = min(max(0.0, (twice - 2 * once) / (2 * length * length)), twice / (4 * length * length))
+    return max(0.0, twice / (2 * length) - 2 * quadratic * length), quadratic
