@@ -1,0 +1,199 @@
+"""Exact attention where logits are large, a low-rank factor everywhere else: after grouping, or near the diagonal."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rankloom.attention.contract import Approximation, Factor
+from rankloom.attention.near_far import Plan, near_far_sums
+from rankloom.attention.precondition import Preconditioner
+from rankloom.errors import DataError, RecipeError
+
+__all__ = ["BlockExact", "Windowed"]
+
+
+class _Features(torch.autograd.Function):
+    """A factor's features as autograd sees them, for dense weights."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Factor) -> Tensor:
+        features = factor.features(x)
+        ctx.save_for_backward(x, features)
+        ctx.factor = factor
+        return features
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.factor.pull_back(*ctx.saved_tensors, grad.clone()), None
+
+
+class _NearAndFar(Approximation):
+    """``out_i = sum_j w_ij v_j / sum_j w_ij`` with ``w_ij = e^lw_j exp(q~_i . k~_j)``, or ``e^lw_j phi(q~_i)^T M phi(k~_j)``
+    where ``i`` and ``j`` are not near."""
+
+    def __init__(self, preconditioner: Preconditioner, factor: Factor, *, scale: float, causal: bool) -> None:
+        self.preconditioner, self.factor, self.scale, self.causal = preconditioner, factor, scale, causal
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if q.dim() != 3 or k.shape != q.shape[1:] or v.dim() != 2 or len(v) != len(k):
+            raise DataError(
+                f"attention takes queries (g, L, d), keys (L, d) and values (L, d_v), got {tuple(q.shape)}, "
+                f"{tuple(k.shape)} and {tuple(v.shape)}: pass one key head with its g query heads"
+            )
+        rows, keys, log_weight = self._coordinates(q, k)
+        u = torch.cat([v.to(keys), torch.ones_like(keys[:, :1])], 1) * log_weight.exp()[:, None]
+        z = self._sums(rows, keys, u, log_weight.detach())
+        return (z[..., :-1] / z[..., -1:]).to(v.dtype), z[..., -1].detach()
+
+    def weights(self, q: Tensor, at: Tensor, k: Tensor) -> Tensor:
+        rows, keys, log_weight = self._coordinates(q, k)
+        near = self._near(rows.detach(), at, keys.detach(), log_weight.detach())
+        features, key_features = (_Features.apply(x.mT.contiguous(), self.factor) for x in (rows, keys))
+        kernel = torch.where(near, (rows @ keys.mT).exp(), features.mT @ self.factor.mix(key_features))
+        if self.causal:
+            kernel = kernel.masked_fill(torch.arange(len(keys), device=at.device) > at[:, None], 0.0)
+        kernel = kernel * log_weight.exp()
+        return kernel / kernel.sum(1, keepdim=True)
+
+    def difficulty(self, q: Tensor) -> Tensor:
+        return self.preconditioner.queries(q).norm(dim=-1)
+
+    def _coordinates(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        fitted = self.preconditioner
+        return fitted.queries(q), fitted.keys(k), fitted.log_weights(k)
+
+    @abstractmethod
+    def _sums(self, q: Tensor, k: Tensor, u: Tensor, log_weight: Tensor) -> Tensor:
+        """``sum_j w_ij u_j`` for ``q`` (g, L, d) and ``u`` (L, m): (g, L, m)."""
+
+    @abstractmethod
+    def _near(self, q: Tensor, at: Tensor, k: Tensor, log_weight: Tensor) -> Tensor:
+        """Which of the keys (L, d) are near to queries ``q`` (m, d) at the positions ``at`` (m,): (m, L), boolean."""
+
+
+class Windowed(_NearAndFar):
+    """A local window and the first tokens exact, a low-rank factor for all other keys.
+
+    Time is cut into chunks of ``window`` tokens. A query meets its own chunk and the neighbouring ones exactly (causal: the
+    one before), hence at least ``window`` tokens on either side, and the first ``sinks`` tokens.
+    Time O(L (width + 2 window + sinks) (d + d_v)); memory O(width (d + d_v) + g window^2) beyond the inputs' own size.
+    Raises ``RecipeError`` for ``window < 1`` or ``sinks < 0``, and ``DataError`` on call for shapes that do not match.
+    (Attention sinks: arXiv 2309.17453; local plus low rank: arXiv 2110.15343.)
+    """
+
+    def __init__(
+        self,
+        preconditioner: Preconditioner,
+        factor: Factor,
+        *,
+        scale: float,
+        causal: bool,
+        window: int = 512,
+        sinks: int = 4,
+    ) -> None:
+        if window < 1 or sinks < 0:
+            raise RecipeError(f"windowed attention needs window >= 1 and sinks >= 0, got {window} and {sinks}")
+        super().__init__(preconditioner, factor, scale=scale, causal=causal)
+        self.window, self.sinks = window, sinks
+
+    def _sums(self, q: Tensor, k: Tensor, u: Tensor, log_weight: Tensor) -> Tensor:
+        (heads, length, dim), sinks = q.shape, min(self.sinks, len(k))
+        edges = [*range(0, length, self.window), length]
+        plan = Plan(
+            segments=[(heads * a, heads * b) for a, b in pairwise(edges)],
+            blocks=[(max(a, sinks), max(b, sinks)) for a, b in pairwise(edges)],
+            near=[
+                range(max(c - 1, 0), min(c + 1 if self.causal else c + 2, len(edges) - 1))
+                for c in range(len(edges) - 1)
+            ],
+            causal=self.causal,
+            sinks=sinks,
+            heads=heads,
+        )
+        z = near_far_sums(q.transpose(0, 1).reshape(-1, dim), k, u, self.factor, plan)
+        return z.view(length, heads, -1).transpose(0, 1)
+
+    def _near(self, q: Tensor, at: Tensor, k: Tensor, log_weight: Tensor) -> Tensor:
+        to = torch.arange(len(k), device=at.device)
+        return ((to // self.window - at[:, None] // self.window).abs() <= 1) | (to < self.sinks)
+
+
+class BlockExact(_NearAndFar):
+    """Keys grouped by similarity, each query exact on the group that carries most of its weight; not causal.
+
+    Keys are halved along their principal axis, where between-group variance is largest within the middle half, until no
+    group has more than ``block`` of them, so that the exact part never costs more than ``L x block`` products. A query's
+    group is the one with the largest ``log sum_j e^lw_j + q~ . c``, ``c`` the group's weighted mean. The grouping is made
+    anew from the keys of each call, and held fixed by the gradient.
+    Time O(L (width + block) (d + d_v) + L^2 d / block), the last term without a gradient; memory
+    O(width (d + d_v) + block^2) beyond the inputs' own size. Raises ``RecipeError`` for ``block < 1``, and ``DataError`` on
+    call for shapes that do not match. (Sparse plus low rank: arXiv 2110.15343.)
+    """
+
+    def __init__(self, preconditioner: Preconditioner, factor: Factor, *, scale: float, block: int = 512) -> None:
+        if block < 1:
+            raise RecipeError(f"block-exact attention needs block >= 1, got {block}")
+        super().__init__(preconditioner, factor, scale=scale, causal=False)
+        self.block = block
+
+    def _sums(self, q: Tensor, k: Tensor, u: Tensor, log_weight: Tensor) -> Tensor:
+        groups = _groups(k.detach(), self.block)
+        rows = q.reshape(-1, q.shape[-1])
+        label = _heaviest(rows.detach(), k.detach(), log_weight, groups, self.block)
+        order, ends = label.argsort(stable=True), [0, *label.bincount(minlength=len(groups)).cumsum(0).tolist()]
+        cuts = [
+            (c, a, min(a + self.block, last))
+            for c, (first, last) in enumerate(pairwise(ends))
+            for a in range(first, last, self.block)
+        ]
+        plan = Plan(
+            segments=[(a, b) for _, a, b in cuts],
+            blocks=list(pairwise(accumulate(map(len, groups), initial=0))),
+            near=[range(c, c + 1) for c, _, _ in cuts],
+        )
+        keys = torch.cat(groups)
+        z = near_far_sums(rows[order], k[keys], u[keys], self.factor, plan)
+        return z[order.argsort()].view(*q.shape[:2], -1)
+
+    def _near(self, q: Tensor, at: Tensor, k: Tensor, log_weight: Tensor) -> Tensor:
+        groups = _groups(k, self.block)
+        label = _heaviest(q, k, log_weight, groups, self.block)
+        group = torch.empty(len(k), dtype=torch.long, device=k.device)
+        for c, rows in enumerate(groups):
+            group[rows] = c
+        return label[:, None] == group
+
+
+def _groups(points: Tensor, most: int, sample: int = 4096) -> list[Tensor]:
+    """The rows of ``points`` (L, d) in groups of at most ``most``, by halving along principal axes."""
+    groups, todo = [], [torch.arange(len(points), device=points.device)]
+    while todo:
+        rows = todo.pop()
+        if len(rows) <= most:
+            groups.append(rows)
+            continue
+        centred = points[rows] - points[rows].mean(0)
+        some = centred[:: -(-len(rows) // sample)]
+        along, order = (centred @ torch.linalg.eigh(some.mT @ some).eigenvectors[:, -1]).sort(stable=True)
+        # The sum of the lower side fixes the variance between both sides, the mean of all being zero.
+        first, last = len(rows) // 4, -(-3 * len(rows) // 4)
+        below = torch.arange(first + 1, last + 1, device=points.device)
+        between = along.cumsum(0)[first:last].square() / (below * (len(rows) - below))
+        cut = first + 1 + int(between.argmax())
+        todo += [rows[order[cut:]], rows[order[:cut]]]
+    return groups
+
+
+def _heaviest(q: Tensor, k: Tensor, log_weight: Tensor, groups: Sequence[Tensor], rows: int) -> Tensor:
+    """For each query of ``q`` (n, d) the group with the largest ``log mass + q . (weighted mean)``: (n,)."""
+    mass = torch.stack([log_weight[group].logsumexp(0) for group in groups])
+    means = torch.stack([log_weight[group].softmax(0) @ k[group] for group in groups])
+    return torch.cat([(part @ means.mT + mass).argmax(1) for part in q.split(rows)])

@@ -1,0 +1,109 @@
+"""A head's attention through one preconditioner and one factor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rankloom.attention.contract import Approximation, Factor
+from rankloom.attention.engine import default_chunk, factored_attention
+from rankloom.attention.precondition import Preconditioner
+from rankloom.errors import CompositionError, DataError
+
+__all__ = ["Factored", "factored_kernel"]
+
+
+class Factored(Approximation):
+    """``softmax(scale q k^T) v`` with ``exp(q~ . k~) ~ phi(q~)^T M phi(k~)`` in a preconditioner's coordinates.
+
+    Causal attention is exact between tokens of one chunk; ``chunk`` None is the engine's own length. Preconditioner and factor
+    are constants: what they were fitted to has no gradient.
+
+    Raises ``CompositionError`` for a factor of another dimension than the preconditioner's, or two different scales.
+    """
+
+    def __init__(
+        self, preconditioner: Preconditioner, factor: Factor, *, scale: float, causal: bool, chunk: int | None = None
+    ) -> None:
+        if factor.dim != len(preconditioner.spectrum):
+            raise CompositionError(
+                f"the factor takes {factor.dim} coordinates, the preconditioner gives {len(preconditioner.spectrum)}: "
+                f"make the factor for the preconditioner's spectrum"
+            )
+        if scale != preconditioner.scale:
+            raise CompositionError(
+                f"the preconditioner was fitted at scale {preconditioner.scale}, not {scale}: fit it anew"
+            )
+        self.preconditioner, self.factor = preconditioner, factor
+        self.scale, self.causal = scale, causal
+        self.chunk = chunk or default_chunk(factor, causal)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        p = self.preconditioner
+        return factored_attention(
+            p.queries(q), p.keys(k), v, p.log_weights(k), self.factor, causal=self.causal, chunk=self.chunk
+        )
+
+    def weights(self, q: Tensor, at: Tensor, k: Tensor) -> Tensor:
+        if q.dim() != 2 or k.dim() != 2 or at.shape != q.shape[:1]:
+            raise DataError(
+                f"rows of attention are of queries (m, d) at positions (m,) over keys (L, d); "
+                f"got {tuple(q.shape)}, {tuple(at.shape)} and {tuple(k.shape)}"
+            )
+        queries, keys = self.preconditioner.queries(q), self.preconditioner.keys(k)
+        kernel = factored_kernel(queries, keys, self.factor)
+        if self.causal:
+            kernel = self._mask(kernel, queries, keys, at)
+        kernel = kernel * self.preconditioner.log_weights(k).exp()
+        return kernel / kernel.sum(-1, keepdim=True)
+
+    def _mask(self, kernel: Tensor, queries: Tensor, keys: Tensor, at: Tensor) -> Tensor:
+        """0 after the query, exact where query and key share a chunk."""
+        key = torch.arange(len(keys), device=keys.device)
+        kernel = kernel * (key <= at[:, None])
+        for start in (at // self.chunk * self.chunk).unique().tolist():
+            rows = (at // self.chunk * self.chunk == start).nonzero()[:, 0]
+            columns = key[start : start + self.chunk]
+            near = (queries[rows] @ keys[columns].mT).exp() * (columns <= at[rows, None])
+            kernel = kernel.index_put((rows[:, None], columns), near)
+        return kernel
+
+    def difficulty(self, q: Tensor) -> Tensor:
+        return self.preconditioner.queries(q.detach()).norm(dim=-1)
+
+
+class _Kernel(torch.autograd.Function):
+    """See :func:`factored_kernel`. Features of the keys are formed by chunk, in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, factor: Factor) -> Tensor:
+        ctx.save_for_backward(q, k)
+        ctx.factor = factor
+        mixed = factor.mix(factor.features(q.mT.contiguous()))
+        out = q.new_empty(len(q), len(k))
+        for a in range(0, len(k), step := default_chunk(factor, causal=False)):
+            out[:, a : a + step] = mixed.mT @ factor.features(k[a : a + step].mT.contiguous())
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (q, k), factor = ctx.saved_tensors, ctx.factor
+        x = q.mT.contiguous()
+        phi = factor.features(x)
+        mixed, back, grad_k = factor.mix(phi), torch.zeros_like(phi), torch.empty_like(k)
+        for a in range(0, len(k), step := default_chunk(factor, causal=False)):
+            keys, g = k[a : a + step].mT.contiguous(), grad[:, a : a + step]
+            features = factor.features(keys)
+            back.addmm_(features, g.mT)
+            grad_k[a : a + step] = factor.pull_back(keys, features, mixed @ g).mT
+        return factor.pull_back(x, phi, factor.mix(back)).mT, grad_k, None
+
+
+def factored_kernel(q: Tensor, k: Tensor, factor: Factor) -> Tensor:
+    """``phi(q)^T M phi(k)`` densely, (m, L), for a few queries ``q`` (m, dim) and many keys ``k`` (L, dim), differentiable."""
+    out: Tensor = _Kernel.apply(q, k, factor)
+    return out

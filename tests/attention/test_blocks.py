@@ -1,0 +1,217 @@
+"""Exact where near, low-rank where far: against dense kernels written out here, and against the parts' own dense weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rankloom.attention.blocks import BlockExact, Windowed
+from rankloom.attention.contract import Approximation
+from rankloom.attention.nystrom import Nystrom
+from rankloom.attention.polynomial import Isotropic
+from rankloom.attention.precondition import Preconditioner
+from rankloom.errors import DataError, RecipeError
+
+DIM, VALUES, SCALE = 3, 5, 0.4
+Head = tuple[Tensor, Tensor, Tensor]
+
+
+def head(length: int, heads: int = 1, seed: int = 0, dtype: torch.dtype = torch.float64) -> Head:
+    g = torch.Generator().manual_seed(seed)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    return 1.5 * rand(heads, length, DIM) + 0.5, rand(length, DIM) - 1, rand(length, VALUES)
+
+
+def fitted(q: Tensor, k: Tensor) -> Preconditioner:
+    return Preconditioner.fit(q.detach().flatten(0, 1), k.detach(), SCALE)
+
+
+def windowed(q: Tensor, k: Tensor, causal: bool, sinks: int = 2, window: int = 8) -> Windowed:
+    return Windowed(fitted(q, k), Isotropic(DIM, 2), scale=SCALE, causal=causal, window=window, sinks=sinks)
+
+
+def block_exact(q: Tensor, k: Tensor, block: int = 8) -> BlockExact:
+    return BlockExact(fitted(q, k), Isotropic(DIM, 2), scale=SCALE, block=block)
+
+
+def dense(approximation: Approximation, q: Tensor, k: Tensor, near: Tensor) -> Tensor:
+    """Attention rows (g, L, L) of ``exp`` where near and ``1 + s + s^2 / 2`` elsewhere."""
+    p: Preconditioner = approximation.preconditioner  # type: ignore[attr-defined]
+    s = p.queries(q) @ p.keys(k).mT
+    kernel = torch.where(near, s.exp(), 1 + s + s * s / 2) * p.log_weights(k).exp()
+    if approximation.causal:
+        kernel = kernel.tril()
+    return kernel / kernel.sum(-1, keepdim=True)
+
+
+def window_of(length: int, window: int, sinks: int) -> Tensor:
+    near = torch.zeros(length, length, dtype=torch.bool)
+    for i in range(length):
+        chunk = i // window
+        near[i, max(0, (chunk - 1) * window) : (chunk + 2) * window] = True
+    near[:, :sinks] = True
+    return near
+
+
+def compare(approximation: Approximation, given: Head, rows: Any) -> None:
+    """Output and gradients of all three inputs, for a random pull, against the dense ``rows(q, k) @ v``."""
+    q, k, v = (t.detach().requires_grad_() for t in given)
+    out, denominators = approximation(q, k, v)
+    want = rows(q, k) @ v
+    assert denominators.shape == q.shape[:2] and not denominators.requires_grad and bool((denominators > 0).all())
+    torch.testing.assert_close(out, want, rtol=1e-10, atol=1e-10)
+    pull = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(9))
+    for name, a, b in zip("qkv", *(torch.autograd.grad(y, (q, k, v), pull) for y in (out, want)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"gradient of {n}: {m}")
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("sinks", [0, 2, 19, 99])
+@pytest.mark.parametrize("length", [1, 8, 45])
+@pytest.mark.parametrize("causal", [True, False])
+def test_windowed_against_a_dense_kernel(causal: bool, length: int, sinks: int, heads: int) -> None:
+    q, k, v = head(length, heads)
+    part = windowed(q, k, causal, sinks)
+    near = window_of(length, 8, sinks)
+    compare(part, (q, k, v), lambda q, k: dense(part, q, k, near))
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("causal", [True, False])
+def test_windowed_against_its_own_weights(causal: bool, heads: int) -> None:
+    """With landmarks, whose core is not diagonal; rows asked for in any order."""
+    q, k, v = head(45, heads)
+    p = fitted(q, k)
+    factor = Nystrom.fit(p.keys(k), 20, generator=torch.Generator().manual_seed(0))
+    part = Windowed(p, factor, scale=SCALE, causal=causal, window=8, sinks=2)
+    at = torch.arange(45)
+    compare(part, (q, k, v), lambda q, k: torch.stack([part.weights(one, at, k) for one in q]))
+    some = torch.tensor([40, 3, 17])
+    torch.testing.assert_close(part.weights(q[0, some], some, k), part.weights(q[0], at, k)[some])
+
+
+def test_future_tokens_change_nothing() -> None:
+    q, k, v = head(45)
+    part = windowed(q, k, causal=True)
+    before = part(q, k, v)[0]
+    for t in (3, 8, 30):
+        changed = [
+            torch.cat([a[..., :t, :], b[..., t:, :]], -2) for a, b in zip((q, k, v), head(45, seed=1), strict=True)
+        ]
+        after = part(*changed)[0]
+        torch.testing.assert_close(after[:, :t], before[:, :t], rtol=1e-12, atol=1e-12)
+        assert not torch.allclose(after[:, t:], before[:, t:])
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("length", [1, 8, 45, 100])
+def test_block_exact_against_its_own_weights(length: int, heads: int) -> None:
+    q, k, v = head(length, heads)
+    part = block_exact(q, k)
+    at = torch.arange(length)
+    compare(
+        part, (q, k, v), lambda q, k: part.weights(q.flatten(0, 1), at.repeat(heads), k).view(heads, length, length)
+    )
+
+
+def test_block_exact_is_exact_on_one_group_of_similar_keys_a_query() -> None:
+    """Four clusters of logits: each query is exact on its own cluster, on no more than a block, and on the same as its like."""
+    g = torch.Generator().manual_seed(0)
+    centres = torch.tensor([[3.0, 0, 0], [-3, 0, 0], [0, 3, 0], [0, -3, 0]], dtype=torch.float64)
+    label = torch.arange(160) % 4
+    q, k = (centres[label] + 0.1 * torch.randn(160, 3, generator=g, dtype=torch.float64) for _ in range(2))
+    part = block_exact(q[None], k, block=45)
+    p = part.preconditioner
+    s = p.queries(q) @ p.keys(k).mT
+    kernel = part.weights(q, torch.arange(160), k) / p.log_weights(k).exp()
+    near = label[:, None] == label
+    ratio = kernel / torch.where(near, s.exp(), 1 + s + s * s / 2)
+    torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_everything_near_is_softmax(causal: bool) -> None:
+    q, k, v = head(14, 2)
+    part = windowed(q, k, causal, window=7)
+    parts: list[Approximation] = [part, *([] if causal else [block_exact(q, k, block=14)])]
+    mask = torch.zeros(14, 14, dtype=torch.float64).masked_fill_(torch.ones(14, 14).triu(1).bool() & causal, -torch.inf)
+    for each in parts:
+        compare(each, (q, k, v), lambda q, k: (SCALE * q @ k.mT + mask).softmax(-1))
+
+
+def test_identical_keys_are_halved_all_the_same() -> None:
+    q, k, v = head(40)
+    k = k[:1].expand(40, -1)
+    out, _ = block_exact(q, k)(q, k, v)
+    torch.testing.assert_close(out, v.mean(0).expand_as(out), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_half_precision_in_and_out(causal: bool) -> None:
+    q, k, v = head(45, 2, dtype=torch.bfloat16)
+    for part in (windowed(q, k, causal), *([] if causal else [block_exact(q, k)])):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        out, denominators = part(*leaves)
+        assert out.dtype == torch.bfloat16 and denominators.dtype == torch.float32
+        want = part(*(t.double() for t in (q, k, v)))[0]
+        torch.testing.assert_close(out.double(), want, rtol=2e-2, atol=2e-2)
+        out.sum().backward()
+        assert all(t.grad is not None and t.grad.dtype == torch.bfloat16 for t in leaves)
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the number of elements of the largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for t in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(t, Tensor) and t.untyped_storage().nbytes():
+                self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size())
+        return result
+
+
+@pytest.mark.parametrize("kind", ["causal", "both sides", "blocks"])
+def test_no_tensor_is_larger_than_the_inputs(kind: str) -> None:
+    """At width 455: neither (L, width) nor (L, L), forward or backward."""
+    length, dim = 3000, 12
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (0.3 * torch.randn(*s, generator=g) for s in ((1, length, dim), (length, dim), (length, dim)))
+    p, factor = Preconditioner.fit(q[0], k, SCALE), Isotropic(dim, 3)
+    part: Approximation = BlockExact(p, factor, scale=SCALE, block=64)
+    if kind != "blocks":
+        part = Windowed(p, factor, scale=SCALE, causal=kind == "causal", window=64)
+    with Largest() as largest:
+        part(q, *(t.requires_grad_() for t in (k, v)))[0].sum().backward()
+    assert factor.width == 455
+    assert largest.elements <= max(length * (dim + 1), factor.width * max(64, dim + 1), 3 * 64 * 64 + 64 * 4) * 2
+
+
+def test_bad_settings_and_shapes() -> None:
+    q, k, v = head(20)
+    p, factor = fitted(q, k), Isotropic(DIM, 1)
+    for window, sinks in ((0, 4), (8, -1)):
+        with pytest.raises(RecipeError, match="window >= 1 and sinks >= 0"):
+            Windowed(p, factor, scale=SCALE, causal=True, window=window, sinks=sinks)
+    with pytest.raises(RecipeError, match="block >= 1"):
+        BlockExact(p, factor, scale=SCALE, block=0)
+    for part in (Windowed(p, factor, scale=SCALE, causal=True), BlockExact(p, factor, scale=SCALE)):
+        for bad in ((q[0], k, v), (q, k[:-1], v), (q, k, v[:-1]), (q, k[None], v)):
+            with pytest.raises(DataError, match="pass one key head with its g query heads"):
+                part(*bad)
+
+
+def test_difficulty_is_the_norm_in_the_factors_coordinates() -> None:
+    q, k, _ = head(20, 2)
+    part = windowed(q, k, causal=True)
+    torch.testing.assert_close(part.difficulty(q), part.preconditioner.queries(q).square().sum(-1).sqrt())

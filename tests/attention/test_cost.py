@@ -1,0 +1,88 @@
+"""The cost model: its arithmetic on known machines, and a calibration of this one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import inf
+
+import pytest
+import torch
+
+from rankloom.attention import cost
+from rankloom.attention.cost import KINDS, CostModel, calibrate
+
+LINES = ((100, 1e-4, 2e-6), (300, 3e-4, 4e-6))
+MODEL = CostModel((1e-6, 1e-8), {"isotropic": LINES, "anisotropic": LINES, "nystrom": ((64, 0.0, 1e-5),)}, 2)
+
+
+def test_widths_are_interpolated_and_wider_ones_proportional() -> None:
+    assert MODEL.exact(1000) == pytest.approx(1e-3 + 1e-2)
+    assert MODEL.approximate(1000, 100, "isotropic") == pytest.approx(1e-4 + 2e-3)
+    assert MODEL.approximate(1000, 200, "isotropic") == pytest.approx(2e-4 + 3e-3)
+    assert MODEL.approximate(1000, 10, "isotropic") == MODEL.approximate(1000, 100, "isotropic")
+    assert MODEL.approximate(1000, 900, "isotropic") == pytest.approx(3e-4 + 12e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [50, 150, 5000])
+def test_break_even_is_where_both_take_the_same_time(kind: cost.Kind, width: int) -> None:
+    at = MODEL.break_even(width, kind)
+    for length in (0.9 * at, 1.1 * at):
+        faster = MODEL.approximate(int(length), width, kind) < MODEL.exact(int(length))
+        assert faster == (length > at)
+
+
+def test_there_may_be_no_break_even() -> None:
+    linear = CostModel((1e-6, 0.0), MODEL.linear)
+    assert linear.break_even(100, "isotropic") == inf
+    assert linear.widest(10**6, "isotropic", most=4096) == 0
+
+
+@pytest.mark.parametrize("within", [inf, 2e-3])
+def test_the_widest_is_the_last_that_is_faster(within: float) -> None:
+    length = 1500
+    fast = [
+        width
+        for width in range(1, 1001)
+        if MODEL.approximate(length, width, "isotropic") < min(within, MODEL.exact(length))
+    ]
+    assert MODEL.widest(length, "isotropic", most=1000, within=within) == len(fast)
+    assert MODEL.widest(length, "isotropic", most=150) == 150
+    assert MODEL.widest(2, "isotropic", most=150) == 0
+
+
+@pytest.mark.parametrize(("fit", "power"), [(cost._line, 1), (cost._parabola, 2)])
+def test_a_known_clock_is_recovered(fit: Callable[..., tuple[float, float]], power: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``a + r L`` and ``b L + c L^2`` come back from the two lengths that are timed, also where the first is too short."""
+    monkeypatch.setattr(cost, "_seconds", lambda run, device: run())
+    constants = (3e-5, 2e-7) if power == 1 else (3e-8, 2e-10)
+
+    def at(length: int) -> Callable[[], float]:
+        return lambda: constants[0] * length ** (power - 1) + constants[1] * length**power
+
+    for device in ("cpu", "cuda"):
+        assert fit(at, device) == pytest.approx(constants)
+
+
+def test_noise_never_makes_more_features_faster() -> None:
+    assert cost._ascending([(300, 1.0, 2.0), (100, 2.0, 3.0)]) == ((100, 2.0, 3.0), (300, 2.0, 3.0))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_this_machine(causal: bool) -> None:
+    model = calibrate(8, group=2, causal=causal)
+    assert calibrate(8, 8, group=2, causal=causal) is model
+    assert model.group == 2 and model.exact(65536) > 100 * model.exact(2048) > 0
+    for kind in KINDS:
+        assert model.approximate(4096, 64, kind) > 0
+        assert model.break_even(1024, kind) > model.break_even(64, kind) > 0
+
+
+def test_another_number_of_threads_is_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
+    monkeypatch.setattr(cost, "_calibrate", lambda *key: asked.append(key))
+    calibrate(16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    calibrate(16, 32, group=3, causal=False, dtype=torch.bfloat16)
+    assert asked[0][:2] == (16, 16) and asked[0][-1] != 7
+    assert asked[1] == (16, 32, 3, False, "cpu", torch.bfloat16, 7)

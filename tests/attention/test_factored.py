@@ -1,0 +1,90 @@
+"""Preconditioner, factor and engine together, against exact attention and against their own dense rows."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rankloom.attention.factored import Factored, factored_kernel
+from rankloom.attention.polynomial import Anisotropic, Isotropic
+from rankloom.attention.precondition import Preconditioner
+from rankloom.errors import CompositionError, DataError
+
+DIM, LENGTH, SCALE = 4, 61, 0.5
+
+
+def head(g: int = 2) -> list[Tensor]:
+    """Unbalanced and off-centre."""
+    q = 8 * (0.3 * torch.randn(g, LENGTH, DIM, dtype=torch.float64) + torch.tensor([1.0, -1, 2, 0]))
+    k = (0.3 * torch.randn(LENGTH, DIM, dtype=torch.float64) + torch.tensor([0, 3.0, 1, 1])) / 8
+    return [t.requires_grad_() for t in (q, k, torch.randn(LENGTH, 3, dtype=torch.float64))]
+
+
+def approximation(q: Tensor, k: Tensor, causal: bool, degree: int = 3, chunk: int | None = 16) -> Factored:
+    p = Preconditioner.fit(q.reshape(-1, DIM), k, SCALE)
+    return Factored(p, Isotropic(DIM, degree), scale=SCALE, causal=causal, chunk=chunk)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_tends_to_exact_attention(causal: bool) -> None:
+    q, k, v = head()
+    exact = F.scaled_dot_product_attention(q, k.expand(2, -1, -1), v.expand(2, -1, -1), scale=SCALE, is_causal=causal)
+    pull = torch.randn_like(exact)
+    want = torch.autograd.grad(exact, (q, k, v), pull)
+    errors = []
+    for degree in (2, 5, 8, 16):
+        out, denominators = approximation(q, k, causal, degree)(q, k, v)
+        assert (denominators > 0).all() and denominators.shape == (2, LENGTH)
+        grads = torch.autograd.grad(out, (q, k, v), pull)
+        pairs = zip((out, *grads), (exact, *want), strict=True)
+        errors.append(max(float((a - b).detach().norm() / b.detach().norm()) for a, b in pairs))
+    assert errors == sorted(errors, reverse=True) and errors[0] < 0.2 and errors[-1] < 1e-9, errors
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("chunk", [1, 16, None])
+def test_weights_are_the_rows_it_amounts_to(causal: bool, chunk: int | None) -> None:
+    q, k, v = head()
+    a = approximation(q, k, causal, degree=2, chunk=chunk)
+    out, _ = a(q, k, v)
+    at = torch.tensor([0, 60, 17, 16, 15, 33])
+    rows = a.weights(q[1, at], at, k)
+    torch.testing.assert_close(rows.sum(-1), torch.ones(6, dtype=torch.float64))
+    torch.testing.assert_close(rows @ v, out[1, at], rtol=1e-10, atol=1e-12)
+    pull = torch.randn(6, 3, dtype=torch.float64)
+    ours = torch.autograd.grad(rows @ v, (q, k, v), pull)
+    theirs = torch.autograd.grad(out[1, at], (q, k, v), pull)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_kernel_over_many_chunks_is_the_dense_product() -> None:
+    factor = Anisotropic(torch.tensor([0.5, 0.4, 0.3, 0.1]), 900, max_degree=12)
+    q, k = (0.5 * torch.randn(n, DIM, dtype=torch.float64) for n in (5, 1500))
+    series = sum((q @ k.mT) ** j / math.factorial(j) for j in range(5))
+    torch.testing.assert_close(factored_kernel(q, k, Isotropic(DIM, 4)), series, rtol=1e-12, atol=1e-12)
+    leaves = (q[:2].clone().requires_grad_(), k[:3].clone().requires_grad_())
+    assert torch.autograd.gradcheck(lambda a, b: factored_kernel(a, b, factor), leaves)
+    torch.testing.assert_close(factored_kernel(q, k, factor)[:2, :3], factored_kernel(q[:2], k[:3], factor))
+
+
+def test_difficulty_is_the_norm_in_the_factors_coordinates() -> None:
+    q, k, _ = head()
+    a = approximation(q, k, causal=False)
+    want = a.preconditioner.queries(q).square().sum(-1).sqrt().detach()
+    assert not a.difficulty(q).requires_grad
+    torch.testing.assert_close(a.difficulty(q), want)
+
+
+def test_bad_input_is_refused() -> None:
+    q, k, _ = head()
+    p = Preconditioner.fit(q[0], k, SCALE)
+    with pytest.raises(CompositionError, match="takes 3 coordinates, the preconditioner gives 4"):
+        Factored(p, Isotropic(3, 2), scale=SCALE, causal=True)
+    with pytest.raises(CompositionError, match="fitted at scale"):
+        Factored(p, Isotropic(4, 2), scale=0.1, causal=True)
+    with pytest.raises(DataError, match="rows of attention"):
+        approximation(q, k, causal=True).weights(q[0], torch.arange(3), k)
