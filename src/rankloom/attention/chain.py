@@ -65,5 +65,5 @@ def chain_cost(length: int, width: int, dim: int, values: int) -> Cost:
 
 
 def engine_cost(length: int, width: int, dim: int, values: int) -> Cost:
-    """Six products with ``d_v + 1`` columns; features take one multiplication each in four passes, four more in two pulls back."""
+    """Six products with ``d_v + 1`` columns; features take one multiplication each in four passes, four in two pulls back."""
     return Cost(length * width * (12 * (values + 1) + 12), width * (values + 1))
