@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankloom.attention.blocks import BlockExact, Windowed
 from rankloom.attention.contract import Approximation
+from rankloom.attention.heavy import heaviness, heavy_threshold
 from rankloom.attention.nystrom import Nystrom
 from rankloom.attention.polynomial import Isotropic
 from rankloom.attention.precondition import Preconditioner
@@ -33,12 +34,15 @@ def fitted(q: Tensor, k: Tensor) -> Preconditioner:
     return Preconditioner.fit(q.detach().flatten(0, 1), k.detach(), SCALE)
 
 
-def windowed(q: Tensor, k: Tensor, causal: bool, sinks: int = 2, window: int = 8) -> Windowed:
-    return Windowed(fitted(q, k), Isotropic(DIM, 2), scale=SCALE, causal=causal, window=window, sinks=sinks)
+def windowed(q: Tensor, k: Tensor, causal: bool, sinks: int = 2, window: int = 8, share: float = 0.0) -> Windowed:
+    p = fitted(q, k)
+    heavy = heavy_threshold(p, k, share)
+    return Windowed(p, Isotropic(DIM, 2), scale=SCALE, causal=causal, window=window, sinks=sinks, heavy=heavy)
 
 
-def block_exact(q: Tensor, k: Tensor, block: int = 8) -> BlockExact:
-    return BlockExact(fitted(q, k), Isotropic(DIM, 2), scale=SCALE, block=block)
+def block_exact(q: Tensor, k: Tensor, block: int = 8, share: float = 0.0) -> BlockExact:
+    p = fitted(q, k)
+    return BlockExact(p, Isotropic(DIM, 2), scale=SCALE, block=block, heavy=heavy_threshold(p, k, share))
 
 
 def dense(approximation: Approximation, q: Tensor, k: Tensor, near: Tensor) -> Tensor:
@@ -83,6 +87,42 @@ def test_windowed_against_a_dense_kernel(causal: bool, length: int, sinks: int, 
     compare(part, (q, k, v), lambda q, k: dense(part, q, k, near))
 
 
+@pytest.mark.parametrize("share", [0.2, 1.0])
+@pytest.mark.parametrize("causal", [True, False])
+def test_heavy_keys_are_exact_for_every_query(causal: bool, share: float) -> None:
+    """The share of keys with the largest root mean square weight over Gaussian queries, here by its definition."""
+    q, k, v = head(45, 2)
+    part = windowed(q, k, causal, share=share)
+    g = torch.Generator().manual_seed(0)
+    sample = torch.randn(100_000, DIM, generator=g, dtype=torch.float64) * part.preconditioner.spectrum.sqrt()
+    p = part.preconditioner
+    root_mean_square = ((sample @ p.keys(k).mT + p.log_weights(k)) * 2).exp().mean(0).sqrt()
+    score = heaviness(p, k)
+    torch.testing.assert_close(
+        (score - score.amax()).exp(), root_mean_square / root_mean_square[score.argmax()], rtol=0.1, atol=0
+    )
+    near = window_of(45, 8, 2)
+    near[:, score.topk(round(share * 45)).indices] = True
+    compare(part, (q, k, v), lambda q, k: dense(part, q, k, near))
+
+
+def test_heavy_keys_carry_most_of_the_error() -> None:
+    """Logits of standard deviation 2, spectrum 1/i: 5 % of the keys exact divide the error by more than 2."""
+    g = torch.Generator().manual_seed(0)
+    spectrum = 1 / torch.arange(1, 33, dtype=torch.float64)
+    root = (2 * spectrum / spectrum.norm()).sqrt()
+    q, k = (torch.randn(1500, 32, generator=g, dtype=torch.float64) * root for _ in range(2))
+    v = torch.randn(1500, 8, generator=g, dtype=torch.float64)
+    p, want = Preconditioner.fit(q, k, 1.0), (q @ k.mT).softmax(1) @ v
+    errors = []
+    for share in (0.0, 0.05):
+        heavy = heavy_threshold(p, k, share)
+        factor = Nystrom.fit(p.keys(k[heaviness(p, k) < heavy]), 256, generator=torch.Generator().manual_seed(0))
+        out, _ = Windowed(p, factor, scale=1.0, causal=False, window=32, sinks=0, heavy=heavy)(q[None], k, v)
+        errors.append(float((out[0] - want).norm() / want.norm()))
+    assert errors[1] < errors[0] / 2
+
+
 @pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize("causal", [True, False])
 def test_windowed_against_its_own_weights(causal: bool, heads: int) -> None:
@@ -99,7 +139,7 @@ def test_windowed_against_its_own_weights(causal: bool, heads: int) -> None:
 
 def test_future_tokens_change_nothing() -> None:
     q, k, v = head(45)
-    part = windowed(q, k, causal=True)
+    part = windowed(q, k, causal=True, share=0.1)
     before = part(q, k, v)[0]
     for t in (3, 8, 30):
         changed = [
@@ -110,11 +150,12 @@ def test_future_tokens_change_nothing() -> None:
         assert not torch.allclose(after[:, t:], before[:, t:])
 
 
+@pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
 @pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize("length", [1, 8, 45, 100])
-def test_block_exact_against_its_own_weights(length: int, heads: int) -> None:
+def test_block_exact_against_its_own_weights(length: int, heads: int, share: float) -> None:
     q, k, v = head(length, heads)
-    part = block_exact(q, k)
+    part = block_exact(q, k, share=share)
     at = torch.arange(length)
     compare(
         part, (q, k, v), lambda q, k: part.weights(q.flatten(0, 1), at.repeat(heads), k).view(heads, length, length)
@@ -200,6 +241,9 @@ def test_no_tensor_is_larger_than_the_inputs(kind: str) -> None:
 def test_bad_settings_and_shapes() -> None:
     q, k, v = head(20)
     p, factor = fitted(q, k), Isotropic(DIM, 1)
+    for share in (-0.1, 1.1):
+        with pytest.raises(RecipeError, match=r"must lie in \[0, 1\]"):
+            heavy_threshold(p, k, share)
     for window, sinks in ((0, 4), (8, -1)):
         with pytest.raises(RecipeError, match="window >= 1 and sinks >= 0"):
             Windowed(p, factor, scale=SCALE, causal=True, window=window, sinks=sinks)

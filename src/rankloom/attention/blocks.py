@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rankloom.attention.contract import Approximation, Factor
+from rankloom.attention.heavy import heaviness
 from rankloom.attention.near_far import Plan, near_far_sums
 from rankloom.attention.precondition import Preconditioner
 from rankloom.errors import DataError, RecipeError
@@ -37,10 +39,20 @@ class _Features(torch.autograd.Function):
 
 class _NearAndFar(Approximation):
     """``out_i = sum_j w_ij v_j / sum_j w_ij`` with ``w_ij = e^lw_j exp(q~_i . k~_j)``, or ``e^lw_j phi(q~_i)^T M phi(k~_j)``
-    where ``i`` and ``j`` are not near."""
+    where ``i`` and ``j`` are not near. Keys of at least the heaviness ``heavy`` are near to every query."""
 
-    def __init__(self, preconditioner: Preconditioner, factor: Factor, *, scale: float, causal: bool) -> None:
-        self.preconditioner, self.factor, self.scale, self.causal = preconditioner, factor, scale, causal
+    sinks = 0
+
+    def __init__(
+        self, preconditioner: Preconditioner, factor: Factor, *, scale: float, causal: bool, heavy: float
+    ) -> None:
+        self.preconditioner, self.factor, self.scale, self.causal, self.heavy = (
+            preconditioner,
+            factor,
+            scale,
+            causal,
+            heavy,
+        )
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if q.dim() != 3 or k.shape != q.shape[1:] or v.dim() != 2 or len(v) != len(k):
@@ -50,12 +62,13 @@ class _NearAndFar(Approximation):
             )
         rows, keys, log_weight = self._coordinates(q, k)
         u = torch.cat([v.to(keys), torch.ones_like(keys[:, :1])], 1) * log_weight.exp()[:, None]
-        z = self._sums(rows, keys, u, log_weight.detach())
+        z = self._sums(rows, keys, u, log_weight.detach(), self._shared(k))
         return (z[..., :-1] / z[..., -1:]).to(v.dtype), z[..., -1].detach()
 
     def weights(self, q: Tensor, at: Tensor, k: Tensor) -> Tensor:
         rows, keys, log_weight = self._coordinates(q, k)
-        near = self._near(rows.detach(), at, keys.detach(), log_weight.detach())
+        shared = self._shared(k)
+        near = self._near(rows.detach(), at, keys.detach(), log_weight.detach(), shared) | shared
         features, key_features = (_Features.apply(x.mT.contiguous(), self.factor) for x in (rows, keys))
         kernel = torch.where(near, (rows @ keys.mT).exp(), features.mT @ self.factor.mix(key_features))
         if self.causal:
@@ -70,21 +83,28 @@ class _NearAndFar(Approximation):
         fitted = self.preconditioner
         return fitted.queries(q), fitted.keys(k), fitted.log_weights(k)
 
+    def _shared(self, k: Tensor) -> Tensor:
+        """Which of the keys (L, d) are near to every query: (L,)."""
+        shared = heaviness(self.preconditioner, k) >= self.heavy
+        shared[: self.sinks] = True
+        return shared
+
     @abstractmethod
-    def _sums(self, q: Tensor, k: Tensor, u: Tensor, log_weight: Tensor) -> Tensor:
+    def _sums(self, q: Tensor, k: Tensor, u: Tensor, log_weight: Tensor, shared: Tensor) -> Tensor:
         """``sum_j w_ij u_j`` for ``q`` (g, L, d) and ``u`` (L, m): (g, L, m)."""
 
     @abstractmethod
-    def _near(self, q: Tensor, at: Tensor, k: Tensor, log_weight: Tensor) -> Tensor:
-        """Which of the keys (L, d) are near to queries ``q`` (m, d) at the positions ``at`` (m,): (m, L), boolean."""
+    def _near(self, q: Tensor, at: Tensor, k: Tensor, log_weight: Tensor, shared: Tensor) -> Tensor:
+        """Which of the keys (L, d) are near to queries ``q`` (m, d) at ``at`` (m,) beside the shared ones: (m, L)."""
 
 
 class Windowed(_NearAndFar):
-    """A local window and the first tokens exact, a low-rank factor for all other keys.
+    """A local window, the first tokens and heavy keys exact, a low-rank factor for all other keys.
 
     Time is cut into chunks of ``window`` tokens. A query meets its own chunk and the neighbouring ones exactly (causal: the
-    one before), hence at least ``window`` tokens on either side, and the first ``sinks`` tokens.
-    Time O(L (width + 2 window + sinks) (d + d_v)); memory O(width (d + d_v) + g window^2) beyond the inputs' own size.
+    one before), hence at least ``window`` tokens on either side; the first ``sinks`` tokens; and all keys whose
+    :func:`~rankloom.attention.heavy.heaviness` is at least ``heavy``. With ``h`` such keys and sinks:
+    time O(L (width + window + h) (d + d_v)); memory O(width (d + d_v) + g window (window + h)) beyond the inputs' own size.
     Raises ``RecipeError`` for ``window < 1`` or ``sinks < 0``, and ``DataError`` on call for shapes that do not match.
     (Attention sinks: arXiv 2309.17453; local plus low rank: arXiv 2110.15343.)
     """
@@ -98,55 +118,59 @@ class Windowed(_NearAndFar):
         causal: bool,
         window: int = 512,
         sinks: int = 4,
+        heavy: float = math.inf,
     ) -> None:
         if window < 1 or sinks < 0:
             raise RecipeError(f"windowed attention needs window >= 1 and sinks >= 0, got {window} and {sinks}")
-        super().__init__(preconditioner, factor, scale=scale, causal=causal)
+        super().__init__(preconditioner, factor, scale=scale, causal=causal, heavy=heavy)
         self.window, self.sinks = window, sinks
 
-    def _sums(self, q: Tensor, k: Tensor, u: Tensor, log_weight: Tensor) -> Tensor:
-        (heads, length, dim), sinks = q.shape, min(self.sinks, len(k))
+    def _sums(self, q: Tensor, k: Tensor, u: Tensor, log_weight: Tensor, shared: Tensor) -> Tensor:
+        heads, length, dim = q.shape
         edges = [*range(0, length, self.window), length]
+        chunks = range(len(edges) - 1)
+        before = [0, *shared.cumsum(0)[torch.tensor(edges[1:], device=shared.device) - 1].tolist()]
+        count = before[-1]
+        order = torch.cat([shared.nonzero(), (~shared).nonzero()]).squeeze(1)
         plan = Plan(
             segments=[(heads * a, heads * b) for a, b in pairwise(edges)],
-            blocks=[(max(a, sinks), max(b, sinks)) for a, b in pairwise(edges)],
-            near=[
-                range(max(c - 1, 0), min(c + 1 if self.causal else c + 2, len(edges) - 1))
-                for c in range(len(edges) - 1)
-            ],
-            causal=self.causal,
-            sinks=sinks,
+            blocks=list(pairwise(count + edge - some for edge, some in zip(edges, before, strict=True))),
+            near=[range(max(c - 1, 0), min(c + 1 if self.causal else c + 2, len(chunks))) for c in chunks],
+            shared=[before[c + 1] if self.causal else count for c in chunks],
+            positions=order if self.causal else None,
             heads=heads,
         )
-        z = near_far_sums(q.transpose(0, 1).reshape(-1, dim), k, u, self.factor, plan)
+        z = near_far_sums(q.transpose(0, 1).reshape(-1, dim), k[order], u[order], self.factor, plan)
         return z.view(length, heads, -1).transpose(0, 1)
 
-    def _near(self, q: Tensor, at: Tensor, k: Tensor, log_weight: Tensor) -> Tensor:
+    def _near(self, q: Tensor, at: Tensor, k: Tensor, log_weight: Tensor, shared: Tensor) -> Tensor:
         to = torch.arange(len(k), device=at.device)
-        return ((to // self.window - at[:, None] // self.window).abs() <= 1) | (to < self.sinks)
+        return (to // self.window - at[:, None] // self.window).abs() <= 1
 
 
 class BlockExact(_NearAndFar):
-    """Keys grouped by similarity, each query exact on the group that carries most of its weight; not causal.
+    """Keys grouped by similarity, each query exact on heavy keys and on the group that carries most of its weight; not causal.
 
-    Keys are halved along their principal axis, where between-group variance is largest within the middle half, until no
-    group has more than ``block`` of them, so that the exact part never costs more than ``L x block`` products. A query's
-    group is the one with the largest ``log sum_j e^lw_j + q~ . c``, ``c`` the group's weighted mean. The grouping is made
-    anew from the keys of each call, and held fixed by the gradient.
-    Time O(L (width + block) (d + d_v) + L^2 d / block), the last term without a gradient; memory
-    O(width (d + d_v) + block^2) beyond the inputs' own size. Raises ``RecipeError`` for ``block < 1``, and ``DataError`` on
-    call for shapes that do not match. (Sparse plus low rank: arXiv 2110.15343.)
+    Keys lighter than ``heavy`` (:func:`~rankloom.attention.heavy.heaviness`) are halved along their principal axis, where
+    between-group variance is largest within the middle half, until no group has more than ``block`` of them, so that the
+    exact part costs at most ``L (block + h)`` products for ``h`` heavy keys. A query's group is the one with the largest
+    ``log sum_j e^lw_j + q~ . c``, ``c`` the group's weighted mean. The grouping is made anew from the keys of each call,
+    and held fixed by the gradient.
+    Time O(L (width + block + h) (d + d_v) + L^2 d / block), the last term without a gradient; memory
+    O(width (d + d_v) + block (block + h)) beyond the inputs' own size. Raises ``RecipeError`` for ``block < 1``, and
+    ``DataError`` on call for shapes that do not match. (Sparse plus low rank: arXiv 2110.15343.)
     """
 
-    def __init__(self, preconditioner: Preconditioner, factor: Factor, *, scale: float, block: int = 512) -> None:
+    def __init__(
+        self, preconditioner: Preconditioner, factor: Factor, *, scale: float, block: int = 512, heavy: float = math.inf
+    ) -> None:
         if block < 1:
             raise RecipeError(f"block-exact attention needs block >= 1, got {block}")
-        super().__init__(preconditioner, factor, scale=scale, causal=False)
+        super().__init__(preconditioner, factor, scale=scale, causal=False, heavy=heavy)
         self.block = block
 
-    def _sums(self, q: Tensor, k: Tensor, u: Tensor, log_weight: Tensor) -> Tensor:
-        groups = _groups(k.detach(), self.block)
-        rows = q.reshape(-1, q.shape[-1])
+    def _sums(self, q: Tensor, k: Tensor, u: Tensor, log_weight: Tensor, shared: Tensor) -> Tensor:
+        rows, groups = q.reshape(-1, q.shape[-1]), _groups(k.detach(), ~shared, self.block)
         label = _heaviest(rows.detach(), k.detach(), log_weight, groups, self.block)
         order, ends = label.argsort(stable=True), [0, *label.bincount(minlength=len(groups)).cumsum(0).tolist()]
         cuts = [
@@ -154,27 +178,29 @@ class BlockExact(_NearAndFar):
             for c, (first, last) in enumerate(pairwise(ends))
             for a in range(first, last, self.block)
         ]
+        count = int(shared.sum())
         plan = Plan(
             segments=[(a, b) for _, a, b in cuts],
-            blocks=list(pairwise(accumulate(map(len, groups), initial=0))),
+            blocks=list(pairwise(accumulate(map(len, groups), initial=count))),
             near=[range(c, c + 1) for c, _, _ in cuts],
+            shared=[count] * len(cuts),
         )
-        keys = torch.cat(groups)
+        keys = torch.cat([shared.nonzero().squeeze(1), *groups])
         z = near_far_sums(rows[order], k[keys], u[keys], self.factor, plan)
         return z[order.argsort()].view(*q.shape[:2], -1)
 
-    def _near(self, q: Tensor, at: Tensor, k: Tensor, log_weight: Tensor) -> Tensor:
-        groups = _groups(k, self.block)
+    def _near(self, q: Tensor, at: Tensor, k: Tensor, log_weight: Tensor, shared: Tensor) -> Tensor:
+        groups = _groups(k, ~shared, self.block)
         label = _heaviest(q, k, log_weight, groups, self.block)
-        group = torch.empty(len(k), dtype=torch.long, device=k.device)
+        group = torch.full_like(shared, -1, dtype=torch.long)
         for c, rows in enumerate(groups):
             group[rows] = c
         return label[:, None] == group
 
 
-def _groups(points: Tensor, most: int, sample: int = 4096) -> list[Tensor]:
-    """The rows of ``points`` (L, d) in groups of at most ``most``, by halving along principal axes."""
-    groups, todo = [], [torch.arange(len(points), device=points.device)]
+def _groups(points: Tensor, among: Tensor, most: int, sample: int = 4096) -> list[Tensor]:
+    """The rows ``among`` (L,) of ``points`` (L, d) in groups of at most ``most``, by halving along principal axes."""
+    groups, todo = [], [among.nonzero().squeeze(1)]
     while todo:
         rows = todo.pop()
         if len(rows) <= most:

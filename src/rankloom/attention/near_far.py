@@ -28,10 +28,11 @@ class Plan(NamedTuple):
     blocks: Sequence[Span]
     near: Sequence[range]
     """For each segment its near blocks; neither end ever moves back."""
-    causal: bool = False
-    """Blocks after the near ones are in the future, and so are keys of near blocks after the query's own position."""
-    sinks: int = 0
-    """So many first keys are near to every segment, and in no block."""
+    shared: Sequence[int]
+    """For each segment, so many first keys are near to it beside its blocks; those keys are in no block."""
+    positions: Tensor | None = None
+    """Of the keys. Where given, attention is causal: blocks after the near ones are in the future, and so are all keys
+    after the query's own position."""
     heads: int = 1
     """Query row ``i`` is at position ``i // heads``."""
 
@@ -41,7 +42,8 @@ class Plan(NamedTuple):
 
     def near_rows(self, segment: int, rows: Tensor) -> Tensor:
         low, high = self.near_span(segment)
-        return torch.cat([rows[: self.sinks], rows[low:high]]) if self.sinks else rows[low:high]
+        count = self.shared[segment]
+        return torch.cat([rows[:count], rows[low:high]]) if count else rows[low:high]
 
     def near_segments(self) -> list[range]:
         """For each block the segments it is near to."""
@@ -54,11 +56,9 @@ class Plan(NamedTuple):
     def kernel(self, segment: int, q: Tensor, k: Tensor) -> Tensor:
         """The exact kernel of the segment's rows ``q`` and its near rows ``k``."""
         kernel = (q @ k.mT).exp_()
-        if self.causal:
-            (first, last), (low, high) = self.segments[segment], self.near_span(segment)
-            at = torch.arange(first, last, device=q.device) // self.heads
-            to = torch.cat([torch.arange(self.sinks, device=q.device), torch.arange(low, high, device=q.device)])
-            kernel.masked_fill_(to > at[:, None], 0.0)
+        if self.positions is not None:
+            at = torch.arange(*self.segments[segment], device=q.device) // self.heads
+            kernel.masked_fill_(self.near_rows(segment, self.positions) > at[:, None], 0.0)
         return kernel
 
 
@@ -67,7 +67,8 @@ def _far(
 ) -> Iterator[Tensor | None]:
     """For each of ``near``, ``M`` times the sum of all states but those, given their ``total``; without it, of those before.
 
-    None where nothing is far. A state is formed when needed and dropped when no longer near, so at most those of two overlapping windows exist.
+    None where nothing is before. States are formed when needed and dropped when no longer near, so at most those of two
+    overlapping windows exist.
     """
     runs = [(each, len(list(same))) for each, same in groupby(near)]
     kept: dict[int, Tensor] = {}
@@ -95,7 +96,7 @@ class _Sums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, u: Tensor, factor: Factor, plan: Plan) -> Tensor:
         ctx.factor, ctx.plan, total = factor, plan, None
-        if not plan.causal:
+        if plan.positions is None:
             total = sum((_state(factor, k, u, span) for span in plan.blocks), u.new_zeros(factor.width, u.shape[1]))
         z = q.new_empty(len(q), u.shape[1])
         past = _far(plan.near, lambda b: _state(factor, k, u, plan.blocks[b]), total, factor)
@@ -122,9 +123,10 @@ class _Sums(torch.autograd.Function):
             kernel = plan.kernel(segment, q[rows], near_k)
             slopes = (dz[rows] @ near_u.mT).mul_(kernel)
             torch.mm(slopes, near_k, out=dq[rows])
+            count, span = plan.shared[segment], slice(*plan.near_span(segment))
             for out, part in ((dk, slopes.mT @ q[rows]), (du, kernel.mT @ dz[rows])):
-                out[: plan.sinks] += part[: plan.sinks]
-                out[slice(*plan.near_span(segment))] += part[plan.sinks :]
+                out[:count] += part[:count]
+                out[span] += part[count:]
             if far is not None:
                 x = columns(q[rows])
                 features = factor.features(x)
@@ -133,9 +135,9 @@ class _Sums(torch.autograd.Function):
                 dq[rows] += factor.pull_back(x, features, far @ dz[rows].mT).mT
         # From a block's side near and far change places with a segment's; in causal order they also run backwards.
         blocks, near, last = range(len(plan.blocks)), plan.near_segments(), len(plan.segments) - 1
-        if plan.causal:
+        if plan.positions is not None:
             blocks, near = blocks[::-1], [range(last - r[-1], last + 1 - r[0]) for r in reversed(near)]
-        order = range(last, -1, -1) if plan.causal else range(last + 1)
+        order = range(last, -1, -1) if plan.positions is not None else range(last + 1)
         future = _far(near, lambda c: _state(factor, q, dz, plan.segments[order[c]]), total_back, factor)
         for block, far in zip(blocks, future, strict=True):
             if far is not None:
