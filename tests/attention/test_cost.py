@@ -52,7 +52,9 @@ def test_the_widest_is_the_last_that_is_faster(within: float) -> None:
 
 
 @pytest.mark.parametrize(("fit", "power"), [(cost._line, 1), (cost._parabola, 2)])
-def test_a_known_clock_is_recovered(fit: Callable[..., tuple[float, float]], power: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_known_clock_is_recovered(
+    fit: Callable[..., tuple[float, float]], power: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """``a + r L`` and ``b L + c L^2`` come back from the two lengths that are timed, also where the first is too short."""
     monkeypatch.setattr(cost, "_seconds", lambda run, device: run())
     constants = (3e-5, 2e-7) if power == 1 else (3e-8, 2e-10)

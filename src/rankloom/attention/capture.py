@@ -58,17 +58,17 @@ def capture(model: nn.Module, batch: Mapping[str, Any]) -> list[Captured]:
     calls: list[Captured] = []
     with quiet(model), differentiable(model), _registered(model, calls), torch.set_grad_enabled("labels" in batch):
         loss = getattr(model(**sent), "loss", None)
+        if not calls:
+            raise TargetError(
+                f"{type(model).__name__} does not run its attention through transformers' registry of attention functions: "
+                "the probe needs a transformers model that takes set_attn_implementation"
+            )
         if loss is not None:
             if not torch.isfinite(loss):
                 raise DataError(
                     f"the loss of the probed text is {float(loss.detach())}: check the data and the model's dtype"
                 )
             loss.backward()
-    if not calls:
-        raise TargetError(
-            f"{type(model).__name__} does not run its attention through transformers' registry of attention functions: "
-            "the probe needs a transformers model that takes set_attn_implementation"
-        )
     for call in calls:
         if not all(bool(x.isfinite().all()) for x in (call.q, call.k, call.v)):
             raise DataError(f"{call.name}: queries, keys or values are not finite: check the model's weights and dtype")

@@ -6,8 +6,8 @@ One forward and backward pass of ``g`` query heads that share a key head, in sec
     approximate(L) = a + L r(k)                        features of a factor of width k, chunk by chunk
 
 ``b, c`` come from two lengths; ``a, r`` from two lengths at each of a few widths of each kind of factor, ``r`` linear between
-them and proportional to ``k`` beyond the widest. Every call is timed three times and the fastest counts: another program on
-the machine can only slow a call down. The approximation's time holds its preconditioner, not its certificate.
+them and proportional to ``k`` beyond the widest. Of a few calls the fastest counts: another program on the machine can only
+slow a call down. The approximation's time holds its preconditioner, not its certificate.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ Kind = Literal["isotropic", "anisotropic", "nystrom"]
 KINDS: tuple[Kind, ...] = ("isotropic", "anisotropic", "nystrom")
 
 _WIDEST = 2200  # the degree-2 polynomial of a 64-dimensional head; wider factors cost in proportion
-_TIMED = 3
+_TIMED = 5
+_ENOUGH_SECONDS = 0.1
 _LEAST_SECONDS = 4e-3  # a shorter call times the launch instead of the work
 
 
@@ -174,14 +175,20 @@ def _ascending(points: Iterable[tuple[int, float, float]]) -> tuple[tuple[int, f
 
 
 def _seconds(run: Callable[[], None], device: str) -> float:
-    """The fastest of a few calls, after one that warms up."""
-    fastest = inf
-    for _ in range(_TIMED + 1):
+    """The fastest of a few calls, of which the first only warms up."""
+    # On one thread the processor's own clock: it stands still while another program has the core.
+    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    fastest, spent = inf, 0.0
+    run()
+    for _ in range(_TIMED):
         _wait(device)
-        begin = time.perf_counter()
+        begin = clock()
         run()
         _wait(device)
-        fastest = min(fastest, time.perf_counter() - begin)
+        fastest = min(fastest, took := clock() - begin)
+        spent += took
+        if spent > _ENOUGH_SECONDS:
+            break
     return fastest
 
 
@@ -200,8 +207,10 @@ def _two_lengths(at: Callable[[int], Callable[[], None]], device: str) -> tuple[
 
 def _line(at: Callable[[int], Callable[[], None]], device: str) -> tuple[float, float]:
     length, once, twice = _two_lengths(at, device)
-    fixed = min(max(0.0, 2 * once - twice), once)
-    return fixed, (twice - fixed) / (2 * length)
+    mean = twice / (2 * length)
+    # Above the mean where the first chunk is cheaper than later ones, as in causal attention; beyond, it is noise.
+    rate = min(max((twice - once) / length, 0.5 * mean), 1.25 * mean)
+    return max(0.0, twice - 2 * length * rate), rate
 
 
 def _parabola(at: Callable[[int], Callable[[], None]], device: str) -> tuple[float, float]:

@@ -61,6 +61,7 @@ def probe(
     texts = [capture(model, batch) for batch in batches]
     if not texts:
         raise DataError("nothing to probe on: give at least one batch of one sequence")
+    _check_tokens(texts[0][0].q.shape[1])
     if len({(len(calls), calls[0].q.shape[1]) for calls in texts}) > 1:
         raise DataError("the probed texts differ in length: cut them to one number of tokens")
     dtype = next(model.parameters()).dtype
@@ -109,11 +110,9 @@ def probe_head(
     """
     _check(lengths, eps)
     q = q if q.dim() == 3 else q[None]
-    if q.shape[1] < _FEWEST_TOKENS or q.shape[1] != len(k) or len(k) != len(v):
-        raise DataError(
-            f"a head is probed on at least {_FEWEST_TOKENS} tokens, as many queries as keys and values; got {q.shape[1]}, "
-            f"{len(k)} and {len(v)}: give longer text"
-        )
+    _check_tokens(q.shape[1])
+    if not q.shape[1] == len(k) == len(v):
+        raise DataError(f"a head has as many queries as keys and values; got {q.shape[1]}, {len(k)} and {len(v)}")
     shape = (*q.shape[:2], v.shape[1])
     if grad is None:
         grad = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(q)
@@ -246,3 +245,8 @@ def _check(lengths: Sequence[int], eps: float) -> None:
         raise RecipeError(f"lengths are numbers of tokens from 2 on, got {list(lengths)}: as in 2048,32768")
     if not 0 < eps < 1:
         raise RecipeError(f"eps={eps} is no relative error: give one between 0 and 1, such as 1e-2")
+
+
+def _check_tokens(count: int) -> None:
+    if count < _FEWEST_TOKENS:
+        raise DataError(f"a head is probed on at least {_FEWEST_TOKENS} tokens, got {count}: give longer text")

@@ -134,7 +134,8 @@ def least_degree(
         return seen[degree].of(need) <= eps
 
     def least(need: Need) -> int | None:
-        return _least(range(1, most + 1), lambda degree: passes(degree, need))
+        found = bisect_left(range(1, most), True, key=lambda degree: passes(degree, need)) + 1
+        return found if passes(found, need) else None
 
     return {"output": least("output"), "gradients": least("gradients")}
 
@@ -161,9 +162,13 @@ class Trials:
         self._tried: dict[tuple[Kind, int], Trial] = {}
 
     def least(self, kind: Kind, need: Need, most: int) -> Trial | None:
-        """The narrowest factor of ``kind`` with at most ``most`` features whose error is at most ``eps``, by bisection."""
-        size = _least(self._sizes(kind, most), lambda size: self._try(kind, size).errors.of(need) <= self.eps)
-        return None if size is None else self._try(kind, size)
+        """The narrowest factor of ``kind`` with at most ``most`` features whose error is at most ``eps``.
+
+        Asked from narrow to wide, for more features may also err more: rounding of nearly dependent ones, and causal chunks,
+        inside which attention is exact, get shorter.
+        """
+        tried = (self._try(kind, size) for size in self._sizes(kind, most))
+        return next((trial for trial in tried if trial.errors.of(need) <= self.eps), None)
 
     def _try(self, kind: Kind, size: int) -> Trial:
         if (kind, size) not in self._tried:
@@ -194,13 +199,6 @@ class Trials:
         # More landmarks than half the tokens would reproduce these tokens and say nothing about others.
         most = min(most, length // 2) if kind == "nystrom" else most
         return [32 << step for step in range(16) if 32 << step <= most]
-
-
-def _least(sizes: Sequence[int], passes: Callable[[int], bool]) -> int | None:
-    """The first size that passes, by bisection; the last is asked first, as most heads fail there at once."""
-    if not sizes or not passes(sizes[-1]):
-        return None
-    return sizes[bisect_left(sizes[:-1], True, key=passes)]
 
 
 def _with_gradients(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
