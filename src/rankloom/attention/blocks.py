@@ -20,6 +20,8 @@ from rankloom.errors import DataError, RecipeError
 
 __all__ = ["BlockExact", "Windowed"]
 
+_CHUNK = 512
+
 
 class _Features(torch.autograd.Function):
     """A factor's features as autograd sees them, for dense weights."""
@@ -103,9 +105,11 @@ class Windowed(_NearAndFar):
 
     Time is cut into chunks of ``window`` tokens. A query meets its own chunk and the neighbouring ones exactly (causal: the
     one before), hence at least ``window`` tokens on either side; the first ``sinks`` tokens; and all keys whose
-    :func:`~rankloom.attention.heavy.heaviness` is at least ``heavy``. With ``h`` such keys and sinks:
-    time O(L (width + window + h) (d + d_v)); memory O(width (d + d_v) + g window (window + h)) beyond the inputs' own size.
-    Raises ``RecipeError`` for ``window < 1`` or ``sinks < 0``, and ``DataError`` on call for shapes that do not match.
+    :func:`~rankloom.attention.heavy.heaviness` is at least ``heavy``. ``window=0``, which only non-causal attention can have,
+    is no window at all, and the fastest form, as all queries then share one far state.
+    With ``h`` heavy keys and sinks: time O(L (width + window + h) (d + d_v)); memory O(width (d + d_v + window) +
+    g window (window + h)) beyond the inputs' own size. Raises ``RecipeError`` for a ``window`` or ``sinks`` below what is
+    said here, and ``DataError`` on call for shapes that do not match.
     (Attention sinks: arXiv 2309.17453; local plus low rank: arXiv 2110.15343.)
     """
 
@@ -120,14 +124,17 @@ class Windowed(_NearAndFar):
         sinks: int = 4,
         heavy: float = math.inf,
     ) -> None:
-        if window < 1 or sinks < 0:
-            raise RecipeError(f"windowed attention needs window >= 1 and sinks >= 0, got {window} and {sinks}")
+        if window < causal or sinks < 0:
+            raise RecipeError(
+                f"windowed attention needs window >= 0, causal >= 1, and sinks >= 0, got window={window} and sinks={sinks}"
+            )
         super().__init__(preconditioner, factor, scale=scale, causal=causal, heavy=heavy)
         self.window, self.sinks = window, sinks
+        self._chunk = window or _CHUNK
 
     def _sums(self, q: Tensor, k: Tensor, u: Tensor, log_weight: Tensor, shared: Tensor) -> Tensor:
         heads, length, dim = q.shape
-        edges = [*range(0, length, self.window), length]
+        edges = [*range(0, length, self._chunk), length]
         chunks = range(len(edges) - 1)
         before = [0, *shared.cumsum(0)[torch.tensor(edges[1:], device=shared.device) - 1].tolist()]
         count = before[-1]
@@ -135,7 +142,7 @@ class Windowed(_NearAndFar):
         plan = Plan(
             segments=[(heads * a, heads * b) for a, b in pairwise(edges)],
             blocks=list(pairwise(count + edge - some for edge, some in zip(edges, before, strict=True))),
-            near=[range(max(c - 1, 0), min(c + 1 if self.causal else c + 2, len(chunks))) for c in chunks],
+            near=[chunks[max(c - 1, 0) : c + 1 if self.causal else c + 2] if self.window else range(0) for c in chunks],
             shared=[before[c + 1] if self.causal else count for c in chunks],
             positions=order if self.causal else None,
             heads=heads,
@@ -145,7 +152,7 @@ class Windowed(_NearAndFar):
 
     def _near(self, q: Tensor, at: Tensor, k: Tensor, log_weight: Tensor, shared: Tensor) -> Tensor:
         to = torch.arange(len(k), device=at.device)
-        return (to // self.window - at[:, None] // self.window).abs() <= 1
+        return ((to // self._chunk - at[:, None] // self._chunk).abs() <= 1) & (self.window > 0)
 
 
 class BlockExact(_NearAndFar):

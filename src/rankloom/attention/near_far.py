@@ -38,7 +38,7 @@ class Plan(NamedTuple):
 
     def near_span(self, segment: int) -> Span:
         near = self.near[segment]
-        return self.blocks[near.start][0], self.blocks[near.stop - 1][1]
+        return (self.blocks[near.start][0], self.blocks[near.stop - 1][1]) if near else (0, 0)
 
     def near_rows(self, segment: int, rows: Tensor) -> Tensor:
         low, high = self.near_span(segment)
