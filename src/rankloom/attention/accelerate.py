@@ -159,6 +159,7 @@ class AcceleratedAttention:
         else:
             out = self._join(parts, given, exact)
         if module.training and torch.is_grad_enabled() and self.steps >= known.due:
+            known.require_finite(given)
             out = observe(out, given, lambda given, grad: self._measure(known, given, grad))
         return out, weights
 

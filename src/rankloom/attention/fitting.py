@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankloom.attention.certificate import certify
+from rankloom.attention.certificate import Estimate, certify
 from rankloom.attention.contract import Factor
 from rankloom.attention.cost import CostModel, Kind
 from rankloom.attention.factored import Factored
@@ -23,7 +23,9 @@ __all__ = ["Fit", "Sample", "fit"]
 
 _WIDTHS = (64, 128, 256, 512, 1024)
 _WIDEST = 8192
-_SCREEN = 2048  # tokens of the thinned head on which hopeless candidates are told apart, at a cost that does not grow with L
+_SCREEN = (
+    2048  # tokens of the thinned head on which hopeless candidates are told apart, at a cost that does not grow with L
+)
 _HOPELESS = 4.0  # times the threshold there
 
 
@@ -72,7 +74,10 @@ class Fit:
         state = dict(state)
         if "factor" not in state:
             return cls(**state)
-        constants = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in state.pop("preconditioner").items()}
+        constants: dict[str, Any] = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in state.pop("preconditioner").items()
+        }
         preconditioner = Preconditioner(**constants)
         kind, size = state.pop("factor")
         factor = _build(kind, size.to(device) if isinstance(size, Tensor) else size, preconditioner)
@@ -99,7 +104,9 @@ def fit(
 
     Raises :class:`~rankloom.errors.DataError` or :class:`~rankloom.errors.AttentionError` for samples that are not finite.
     """
-    q, k = (torch.cat([rows.flatten(0, -2) for rows in both]) for both in zip(*((s.q, s.k) for s in samples), strict=True))
+    q, k = (
+        torch.cat([rows.flatten(0, -2) for rows in both]) for both in zip(*((s.q, s.k) for s in samples), strict=True)
+    )
     preconditioner = Preconditioner.fit(q, k, scale, generator=generator)
     keys = preconditioner.keys(k)
     length = max(len(sample.k) for sample in samples)
@@ -126,7 +133,9 @@ def _candidates(dim: int, keys: int, length: int, cost: CostModel) -> list[tuple
     found: list[tuple[Kind, int, int]] = [("isotropic", g, comb(dim + g, g)) for g in range(1, 13)]
     found += [("anisotropic", width, width) for width in _WIDTHS]
     found += [("nystrom", width, width) for width in _WIDTHS if 4 * width <= keys]
-    timed = [(cost.approximate(length, width, kind), kind, size, width) for kind, size, width in found if width <= _WIDEST]
+    timed = [
+        (cost.approximate(length, width, kind), kind, size, width) for kind, size, width in found if width <= _WIDEST
+    ]
     return sorted(candidate for candidate in timed if candidate[0] < cost.exact(length))
 
 
@@ -134,7 +143,11 @@ def _build(kind: Kind, size: int | Tensor, preconditioner: Preconditioner) -> Fa
     """A factor by its degree, width or landmarks."""
     if isinstance(size, Tensor):
         return Nystrom(size)
-    return Isotropic(len(preconditioner.spectrum), size) if kind == "isotropic" else Anisotropic(preconditioner.spectrum, size)
+    return (
+        Isotropic(len(preconditioner.spectrum), size)
+        if kind == "isotropic"
+        else Anisotropic(preconditioner.spectrum, size)
+    )
 
 
 def _description(factor: Factor) -> tuple[Kind, int | Tensor]:
@@ -153,7 +166,8 @@ def _worst(
         certificate = certify(approximation, s.q, s.k, s.v, grad=s.grad, generator=generator)
         if certificate.reason is not None:
             return inf
-        every = [e.upper if upper else e.error for e in (certificate, *certificate.gradients.values())]
+        estimates: list[Estimate] = [certificate, *certificate.gradients.values()]
+        every = [estimate.upper if upper else estimate.error for estimate in estimates]
         if not all(isfinite(error) for error in every):
             return inf
         worst = max(worst, *every)

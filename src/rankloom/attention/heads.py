@@ -70,7 +70,7 @@ class Layer:
     def attend(self, head: int, given: Tensors, *, training: bool) -> tuple[Tensor | None, str]:
         """One key head's output (B, L, g, d_v) and by which factor it was made; or no output, and the reason.
 
-        Padded positions get zeros. Raises :class:`AttentionError` for NaN or infinity.
+        Padded positions get zeros. Raises :class:`AttentionError` where the inputs are NaN or infinite.
         """
         chosen = self.fits.get(head, _FIRST)
         approximation, plain = chosen.approximation, given.plain
@@ -85,10 +85,10 @@ class Layer:
         outs = []
         with torch.autocast(device, enabled=False):
             for row, (start, stop) in enumerate(plain.ranges):
-                inputs = given.sequence(head, row)
-                out, denominators = approximation(*inputs)
+                q, k, v = given.sequence(head, row)
+                out, denominators = approximation(q, _shift_invariant(k), v)
                 if not bool(((denominators > 0) & denominators.isfinite()).all()):
-                    self._require_finite(inputs)
+                    self.require_finite(given)
                     if training:
                         self.found[head] = Fit("denominator")
                     return None, "denominator"
@@ -129,12 +129,14 @@ class Layer:
                     generator=generator,
                 )
 
-    def _require_finite(self, inputs: tuple[Tensor, ...]) -> None:
-        if not all(bool(t.isfinite().all()) for t in inputs):
-            raise AttentionError(
-                f"queries, keys or values of {self.name} hold NaN or infinity: lower the learning rate, or check the model's "
-                "weights and inputs"
-            )
+    def require_finite(self, given: Tensors) -> None:
+        """Raises :class:`AttentionError` for NaN or infinity outside padding."""
+        for row, ends in enumerate(given.plain.ranges):
+            if not all(bool(t[row, :, slice(*ends)].isfinite().all()) for t in (given.query, given.key, given.value)):
+                raise AttentionError(
+                    f"queries, keys or values of {self.name} hold NaN or infinity: lower the learning rate, or check the "
+                    "model's weights and inputs"
+                )
 
     def state(self) -> dict[str, Any]:
         """Everything that decides, as tensors and plain values."""
@@ -171,9 +173,22 @@ class _Observe(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        plain, scale, measure = ctx.rest
-        measure(Tensors(*ctx.saved_tensors, plain, scale), grad)
+        (query, key, value), (plain, scale, measure) = ctx.saved_tensors, ctx.rest
+        measure(Tensors(query, key, value, plain, scale), grad)
         return grad, None, None, None, None, None, None
+
+
+def _shift_invariant(k: Tensor) -> Tensor:
+    """``k``, its gradient projected to mean zero.
+
+    Softmax does not see a vector added to all keys, so the exact gradient sums to zero over the keys and a projection can
+    only bring the approximate one nearer; where a layer's inputs have a large common part, or the keys a bias, much nearer.
+    """
+    if not k.requires_grad:
+        return k
+    k = k.view_as(k)
+    k.register_hook(lambda grad: grad - grad.mean(0))
+    return k
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def plain(mask: Tensor | None, *, causal: bool, batch: int, length: int) -> Plai
 
     Args:
         mask: ``None``, or (batch or 1, 1, length, length): boolean, true where a query sees a key, or additive, 0 there
-            and the dtype's minimum or less elsewhere. Rows of padded queries are not looked at.
+            and the dtype's minimum or less elsewhere.
         causal: whether attention is causal where there is no mask; a mask says that itself.
         batch: number of sequences.
         length: of queries and keys.
@@ -46,7 +46,9 @@ def plain(mask: Tensor | None, *, causal: bool, batch: int, length: int) -> Plai
     start = valid.int().argmax(1)
     stop = start + valid.sum(1)
     position = torch.arange(length, device=mask.device)
-    if not torch.equal(valid, (position >= start[:, None]) & (position < stop[:, None])):
+    if not bool(valid.any(1).all()) or not torch.equal(
+        valid, (position >= start[:, None]) & (position < stop[:, None])
+    ):
         return None
     causal = not torch.equal(_allowed(mask[torch.arange(len(mask), device=mask.device), start]), valid)
     for begin in range(0, length, _ROWS):
@@ -54,9 +56,9 @@ def plain(mask: Tensor | None, *, causal: bool, batch: int, length: int) -> Plai
         at = position[begin : begin + _ROWS]
         expected = valid[:, None, :] & (position <= at[:, None]) if causal else valid[:, None, :].expand_as(rows)
         wrong = _allowed(rows) != expected
-        if not mask.dtype == torch.bool:
+        if mask.dtype != torch.bool:
             wrong |= ~expected & (rows > torch.finfo(rows.dtype).min)
-        if bool((wrong & valid[:, at, None]).any()):
+        if bool(wrong.any()):
             return None
     found = tuple((int(a), int(b)) for a, b in zip(start, stop, strict=True))
     return Plain(causal, found * (batch // len(found)))

@@ -31,15 +31,16 @@ class Replaced:
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as FUNCTIONS
 
-        self.model: Any = model
+        loose: Any = model
+        self._model = loose
         self._before = _implementation(model)
         self._name = f"{_PREFIX}{next(_numbers)}"
         self.exact: Function = FUNCTIONS[self._before]
         FUNCTIONS.register(self._name, function)
         if self._before in MASKS:
             MASKS.register(self._name, MASKS[self._before])
-        self.model.set_attn_implementation(self._name)
-        if self.model.config._attn_implementation != self._name:
+        self._model.set_attn_implementation(self._name)
+        if self._model.config._attn_implementation != self._name:
             self.undo()
             raise AttentionError(_no_registry(model))
 
@@ -49,15 +50,15 @@ class Replaced:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as FUNCTIONS
 
         if self._name in FUNCTIONS:
-            self.model.set_attn_implementation(self._before)
+            self._model.set_attn_implementation(self._before)
             for registry in (FUNCTIONS, MASKS):  # there is a public way in, but none out
                 registry._global_mapping.pop(self._name, None)
 
 
 def _implementation(model: nn.Module) -> str:
     """The name of the attention function that all parts of a model use."""
-    configs = [getattr(module, "config", None) for module in model.modules()]
-    names = {c._attn_implementation for c in configs if getattr(c, "_attn_implementation", None) is not None}
+    configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
+    names = {str(name) for c in configs.values() if (name := getattr(c, "_attn_implementation", None)) is not None}
     if not names or not hasattr(model, "set_attn_implementation"):
         raise AttentionError(_no_registry(model))
     if any(name.startswith(_PREFIX) for name in names):
@@ -67,7 +68,7 @@ def _implementation(model: nn.Module) -> str:
         raise AttentionError(
             f"the model attends by {', '.join(sorted(names))}: call model.set_attn_implementation('sdpa') first"
         )
-    return str(names.pop())
+    return names.pop()
 
 
 def _no_registry(model: nn.Module) -> str:

@@ -133,7 +133,7 @@ def parse_overrides(items: list[str]) -> dict[str, Any]:
 
 
 def _assign(merged: dict[str, Any], dotted: dict[str, Any], key: str, value: Any) -> None:
-    """Put one setting where it belongs: ``columns.x`` and ``attention.x.y`` into those tables, other dotted keys to the recipe."""
+    """Put one setting where it belongs: ``columns.x``, ``attention.x.y`` into those tables, other dotted keys to the recipe."""
     first, *rest = key.split(".")
     if rest and first in ("columns", "attention"):
         table = merged[first] = dict(merged.get(first) or {})
