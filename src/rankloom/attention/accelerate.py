@@ -32,7 +32,16 @@ from rankloom.errors import ArtifactError, AttentionError
 __all__ = ["AcceleratedAttention", "accelerate_attention"]
 
 # What models hand to every attention function, and plain attention does not read.
-_IGNORED = {"position_ids", "cache_position", "use_cache", "is_causal", "sliding_window", "output_hidden_states"}
+_IGNORED = {
+    "cache_position",
+    "is_causal",
+    "num_items_in_batch",
+    "output_hidden_states",
+    "position_ids",
+    "return_dict",
+    "sliding_window",
+    "use_cache",
+}
 
 
 def accelerate_attention(

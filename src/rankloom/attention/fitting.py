@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankloom.attention.certificate import Estimate, certify
+from rankloom.attention.certificate import Certificate, Estimate, certify
 from rankloom.attention.contract import Factor
 from rankloom.attention.cost import CostModel, Kind
 from rankloom.attention.factored import Factored
@@ -166,7 +166,7 @@ def _worst(
         certificate = certify(approximation, s.q, s.k, s.v, grad=s.grad, generator=generator)
         if certificate.reason is not None:
             return inf
-        estimates: list[Estimate] = [certificate, *certificate.gradients.values()]
+        estimates: list[Certificate | Estimate] = [certificate, *certificate.gradients.values()]
         every = [estimate.upper if upper else estimate.error for estimate in estimates]
         if not all(isfinite(error) for error in every):
             return inf
