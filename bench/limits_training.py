@@ -190,8 +190,8 @@ def main() -> None:
     print(
         f"validation loss {result['validation_before']:.4f} before; accelerated differs by "
         f"{100 * result['validation_difference']:+.3f} % after, by at most "
-        f"{100 * result['largest_training_difference']:.3f} % in any training step; CPU time of the "
-        f"whole run x {ratio['whole_run']:.3f}, x {ratio['between_measurements']:.3f} between measurements"
+        f"{100 * result['largest_training_difference']:.3f} % in any training step; CPU time x {ratio['whole_run']:.3f} "
+        f"of the whole run, x {ratio['between_measurements']:.3f} between measurements"
     )
     write(options.json, result)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankloom.attention.certificate import Certificate, Estimate, certify
+from rankloom.attention.certificate import certify
 from rankloom.attention.contract import Factor
 from rankloom.attention.cost import CostModel, Kind
 from rankloom.attention.factored import Factored
@@ -23,9 +23,8 @@ __all__ = ["Fit", "Sample", "fit"]
 
 _WIDTHS = (64, 128, 256, 512, 1024)
 _WIDEST = 8192
-_SCREEN = (
-    2048  # tokens of the thinned head on which hopeless candidates are told apart, at a cost that does not grow with L
-)
+# Hopeless candidates are told apart on a thinned head and few rows, at a cost that does not grow with the length.
+_SCREEN_TOKENS, _SCREEN_ROWS, _ROWS = 1024, 64, 256
 _HOPELESS = 4.0  # times the threshold there
 
 
@@ -119,8 +118,9 @@ def fit(
         else:
             factor = _build(kind, size, preconditioner)
         approximation = Factored(preconditioner, factor, scale=scale, causal=causal)
-        screen = _worst(approximation, [samples[0].thin(_SCREEN)], generator, upper=False)
-        error = screen if screen > _HOPELESS * threshold else _worst(approximation, samples, generator)
+        error, _ = _errors(approximation, [samples[0].thin(_SCREEN_TOKENS)], _SCREEN_ROWS, generator)
+        if error <= _HOPELESS * threshold:
+            _, error = _errors(approximation, samples, _ROWS, generator)
         if error <= threshold:
             return Fit(f"{kind} {width}", approximation, error, cost.break_even(width, kind), seconds)
         if error < closest.error or closest.error == inf:
@@ -157,18 +157,15 @@ def _description(factor: Factor) -> tuple[Kind, int | Tensor]:
     return ("isotropic", factor.degree) if isinstance(factor, Isotropic) else ("anisotropic", factor.width)
 
 
-def _worst(
-    approximation: Factored, samples: Sequence[Sample], generator: torch.Generator | None, upper: bool = True
-) -> float:
-    """The largest upper limit (or estimate) of the output's and the gradients' errors over the samples."""
-    worst = 0.0
+def _errors(
+    approximation: Factored, samples: Sequence[Sample], rows: int, generator: torch.Generator | None
+) -> tuple[float, float]:
+    """The largest estimate and the largest upper limit over samples, output and gradients."""
+    found = [(0.0, 0.0)]
     for s in samples:
-        certificate = certify(approximation, s.q, s.k, s.v, grad=s.grad, generator=generator)
-        if certificate.reason is not None:
-            return inf
-        estimates: list[Certificate | Estimate] = [certificate, *certificate.gradients.values()]
-        every = [estimate.upper if upper else estimate.error for estimate in estimates]
-        if not all(isfinite(error) for error in every):
-            return inf
-        worst = max(worst, *every)
-    return worst
+        certificate = certify(approximation, s.q, s.k, s.v, grad=s.grad, rows=rows, generator=generator)
+        found.append((certificate.error, certificate.upper))
+        found += [(estimate.error, estimate.upper) for estimate in certificate.gradients.values()]
+    # A NaN would compare as anything.
+    estimate, upper = (max(e if isfinite(e) else inf for e in column) for column in zip(*found, strict=True))
+    return estimate, upper
