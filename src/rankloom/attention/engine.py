@@ -15,13 +15,14 @@ from rankloom.errors import DataError
 __all__ = ["default_chunk", "factored_attention"]
 
 _CACHE = 1_500_000  # bytes that the features of one chunk may take, so that they stay in a core's L2 cache
+_CHUNK = 1024  # beyond it a chunk's other tensors leave the cache
 _CAUSAL_CHUNK = 256  # the exact diagonal block costs chunk^2: longer chunks pay only where the features are many
 
 
 def default_chunk(factor: Factor, causal: bool, itemsize: int = 4) -> int:
     """Tokens whose features are held at a time, a multiple of 32."""
     fits = max(_CACHE // (itemsize * factor.width) // 32 * 32, 64)
-    return min(fits, _CAUSAL_CHUNK) if causal else min(fits, 4096)
+    return min(fits, _CAUSAL_CHUNK if causal else _CHUNK)
 
 
 def factored_attention(
@@ -193,7 +194,11 @@ def _forward_causal(h: _Head, emit: Callable[[int, int, Tensor], None]) -> None:
 
 
 def _backward_causal(h: _Head, pull: Callable[[int, int], Tensor], into: _Gradients) -> None:
-    """One sweep forward for the queries and the diagonal blocks, one in reverse for the keys and values before them."""
+    """One sweep forward for the queries and the diagonal blocks, one in reverse for the keys and values before them.
+
+    A single sweep would have to take chunks out of the whole state again. That loses all digits where later keys outweigh
+    earlier ones, and compensated sums cost as much as the features that the second sweep forms again.
+    """
     state, mask = h.empty_state(), h.mask()
     for a, b in h.spans(h.k):
         xq, xk, u, dz = h.queries(a, b), h.keys(a, b), h.values(a, b), pull(a, b)
