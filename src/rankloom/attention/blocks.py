@@ -6,37 +6,19 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rankloom.attention.contract import Approximation, Factor
+from rankloom.attention.engine import default_chunk
+from rankloom.attention.factored import Factored, factored_kernel
 from rankloom.attention.heavy import heaviness
 from rankloom.attention.near_far import Plan, near_far_sums
 from rankloom.attention.precondition import Preconditioner
 from rankloom.errors import DataError, RecipeError
 
 __all__ = ["BlockExact", "Windowed"]
-
-_CHUNK = 512
-
-
-class _Features(torch.autograd.Function):
-    """A factor's features as autograd sees them, for dense weights."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: Factor) -> Tensor:
-        features = factor.features(x)
-        ctx.save_for_backward(x, features)
-        ctx.factor = factor
-        return features
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.factor.pull_back(*ctx.saved_tensors, grad.clone()), None
 
 
 class _NearAndFar(Approximation):
@@ -48,13 +30,9 @@ class _NearAndFar(Approximation):
     def __init__(
         self, preconditioner: Preconditioner, factor: Factor, *, scale: float, causal: bool, heavy: float
     ) -> None:
-        self.preconditioner, self.factor, self.scale, self.causal, self.heavy = (
-            preconditioner,
-            factor,
-            scale,
-            causal,
-            heavy,
-        )
+        self._far = Factored(preconditioner, factor, scale=scale, causal=causal)
+        self.preconditioner, self.factor, self.heavy = preconditioner, factor, heavy
+        self.scale, self.causal = scale, causal
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if q.dim() != 3 or k.shape != q.shape[1:] or v.dim() != 2 or len(v) != len(k):
@@ -71,15 +49,14 @@ class _NearAndFar(Approximation):
         rows, keys, log_weight = self._coordinates(q, k)
         shared = self._shared(k)
         near = self._near(rows.detach(), at, keys.detach(), log_weight.detach(), shared) | shared
-        features, key_features = (_Features.apply(x.mT.contiguous(), self.factor) for x in (rows, keys))
-        kernel = torch.where(near, (rows @ keys.mT).exp(), features.mT @ self.factor.mix(key_features))
+        kernel = torch.where(near, (rows @ keys.mT).exp(), factored_kernel(rows, keys, self.factor))
         if self.causal:
             kernel = kernel.masked_fill(torch.arange(len(keys), device=at.device) > at[:, None], 0.0)
         kernel = kernel * log_weight.exp()
         return kernel / kernel.sum(1, keepdim=True)
 
     def difficulty(self, q: Tensor) -> Tensor:
-        return self.preconditioner.queries(q).norm(dim=-1)
+        return self._far.difficulty(q)
 
     def _coordinates(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         fitted = self.preconditioner
@@ -130,7 +107,7 @@ class Windowed(_NearAndFar):
             )
         super().__init__(preconditioner, factor, scale=scale, causal=causal, heavy=heavy)
         self.window, self.sinks = window, sinks
-        self._chunk = window or _CHUNK
+        self._chunk = window or default_chunk(factor, causal=False)
 
     def _sums(self, q: Tensor, k: Tensor, u: Tensor, log_weight: Tensor, shared: Tensor) -> Tensor:
         heads, length, dim = q.shape
