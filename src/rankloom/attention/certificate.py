@@ -173,11 +173,7 @@ class _Head:
         everywhere = torch.arange(self.length, device=dk.device)
         parts = {"q": (dq, everywhere if at is None else at), "k": (dk[None], everywhere), "v": (dv[None], everywhere)}
         named = {n: p.gradients(*parts[n]) for n, p in self.projections.items()}
-        return {
-            f"{factor}_{n.upper()}": t
-            for n, pair in named.items()
-            for factor, t in zip(("dA", "dB"), pair, strict=True)
-        }
+        return {f"{factor}_{n}": t for n, pair in named.items() for factor, t in zip(("dA", "dB"), pair, strict=True)}
 
     def _batch(self, index: Tensor, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         head, at, backward = index // self.length, index % self.length, self.grad is not None
