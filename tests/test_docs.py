@@ -27,7 +27,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def commands(page: Path, program: str) -> list[list[str]]:
     lines = [line for block in blocks(page, "console") for line in block.splitlines()]
-    return [shlex.split(line, comments=True)[2:] for line in lines if line.startswith(f"$ {program} ")]
+    return [shlex.split(line.split(" > ")[0], comments=True)[2:] for line in lines if line.startswith(f"$ {program} ")]
 
 
 def test_the_site_builds_strictly_with_a_page_for_every_method_and_part(tmp_path: Path) -> None:
@@ -58,7 +58,10 @@ def test_commands_parse(page: Path) -> None:
 
     group: Any = typer.main.get_command(app)
     for words in commands(page, "rankloom"):
-        context = group.commands[words[0]].make_context(words[0], words[1:])
+        command = group.commands[words[0]]
+        if hasattr(command, "commands"):
+            command, words = command.commands[words[1]], words[1:]
+        context = command.make_context(words[0], words[1:])
         if words[0] == "train" and not any(word.endswith(".yaml") for word in words):
             given = {key: context.params[key] for key in ("model", "data", "method")}
             build_recipe(load_config(None, context.params["settings"] or [], given)).check()
@@ -70,7 +73,7 @@ def test_named_programs_exist(page: Path) -> None:
         assert (ROOT / words[0]).is_file()
 
 
-@pytest.mark.parametrize("name", ["quickstart", "recipes", "quantised"])
+@pytest.mark.parametrize("name", ["quickstart", "recipes", "quantised", "limits"])
 def test_python_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "quantised":
         pytest.importorskip("torchao", reason="torchao is not installed")
@@ -78,5 +81,7 @@ def test_python_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.chdir(tmp_path)
     scope: dict[str, Any] = {"model": zoo.build("llama", dtype=torch.float32), "batches": zoo.batches("llama")}
+    ids = torch.randint(3, zoo.VOCAB, (1, 96))
+    scope["texts"] = [{"input_ids": ids, "labels": ids}]
     for block in blocks(ROOT / "docs" / f"{name}.md", "python"):
         exec(compile(block, f"{name}.md", "exec"), scope)

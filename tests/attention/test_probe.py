@@ -26,7 +26,7 @@ from tests import zoo
 
 LENGTHS = (1024, 65536)
 LINE = tuple((width, 0.0, 1e-8 * width) for width in (1, 4096))  # 10 ns a token and feature, as on one CPU core
-COST = CostModel((0.0, 1e-8), {"isotropic": LINE, "anisotropic": LINE, "nystrom": LINE})
+COST = CostModel((0.0, 1e-8), {"isotropic": LINE, "mehler": LINE, "anisotropic": LINE, "nystrom": LINE})
 RULES: dict[str, Any] = {"lengths": LENGTHS, "eps": 1e-2, "cost": COST}
 
 

@@ -6,15 +6,15 @@ One forward and backward pass of ``g`` query heads that share a key head, in sec
     approximate(L) = a + L r(k)                        features of a factor of width k, chunk by chunk
 
 ``b, c`` come from two lengths; ``a, r`` from two lengths at each of a few widths of each kind of factor, ``r`` linear between
-them and proportional to ``k`` beyond the widest. Of a few calls the fastest counts: another program on the machine can only
-slow a call down. The approximation's time holds its preconditioner, not its certificate.
+them and proportional to ``k`` beyond the widest. Of a few rounds of calls the fastest counts: another program on the machine
+can only slow a call down. The approximation's time holds its preconditioner, not its certificate.
 """
 
 from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -27,18 +27,18 @@ from torch import Tensor
 
 from rankloom.attention.contract import Factor
 from rankloom.attention.factored import Factored
+from rankloom.attention.mehler import Mehler
 from rankloom.attention.nystrom import Nystrom
 from rankloom.attention.polynomial import Anisotropic, Isotropic
 from rankloom.attention.precondition import Preconditioner
 
 __all__ = ["KINDS", "CostModel", "Kind", "calibrate"]
 
-Kind = Literal["isotropic", "anisotropic", "nystrom"]
-KINDS: tuple[Kind, ...] = ("isotropic", "anisotropic", "nystrom")
+Kind = Literal["isotropic", "mehler", "anisotropic", "nystrom"]
+KINDS: tuple[Kind, ...] = ("isotropic", "mehler", "anisotropic", "nystrom")
 
 _WIDEST = 2200  # the degree-2 polynomial of a 64-dimensional head; wider factors cost in proportion
-_TIMED = 5
-_ENOUGH_SECONDS = 0.1
+_ROUNDS = 3
 _LEAST_SECONDS = 4e-3  # a shorter call times the launch instead of the work
 
 
@@ -145,14 +145,19 @@ def _calibrate(
     q, k, _, _ = inputs(2048)
     preconditioner = Preconditioner.fit(q.detach()[0].float(), k.detach().float(), 0.1 * dim**-0.5)
     keys = preconditioner.keys(k.detach().float())
+    factors = [(kind, factor) for kind in KINDS for factor in _factors(kind, preconditioner, keys)]
+    starts = [exact, *(approximate(factor, preconditioner) for _, factor in factors)]
+    lengths = [_long_enough(at, device) for at in starts]
+    both = (at(times * length) for at, length in zip(starts, lengths, strict=True) for times in (1, 2))
+    seconds = _fastest(list(both), device)
+    timed = list(zip(lengths, seconds[::2], seconds[1::2], strict=True))
     linear = {
         kind: _ascending(
-            (factor.width, *_line(approximate(factor, preconditioner), device))
-            for factor in _factors(kind, preconditioner, keys)
+            (factor.width, *_line(*t)) for (other, factor), t in zip(factors, timed[1:], strict=True) if other == kind
         )
         for kind in KINDS
     }
-    return CostModel(_parabola(exact, device), linear, group)
+    return CostModel(_parabola(*timed[0]), linear, group)
 
 
 def _factors(kind: Kind, preconditioner: Preconditioner, keys: Tensor) -> list[Factor]:
@@ -162,9 +167,10 @@ def _factors(kind: Kind, preconditioner: Preconditioner, keys: Tensor) -> list[F
         degrees = [degree for degree in range(1, 13) if comb(dim + degree, degree) <= _WIDEST] or [1]
         return [Isotropic(dim, degree) for degree in sorted({degrees[0], degrees[len(degrees) // 2], degrees[-1]})]
     widths = (64, 256, 1024)
-    if kind == "anisotropic":
-        made: list[Factor] = [Anisotropic(preconditioner.spectrum, width) for width in widths]
-        return list({factor.width: factor for factor in made}.values())  # few variables make few monomials
+    if kind != "nystrom":
+        cut = Mehler if kind == "mehler" else Anisotropic
+        made = {factor.width: factor for factor in (cut(preconditioner.spectrum, width) for width in widths)}
+        return list(made.values())  # few variables make few monomials, and one width for several asked
     return [Nystrom.fit(keys, width, generator=torch.Generator().manual_seed(0)) for width in widths]
 
 
@@ -174,21 +180,27 @@ def _ascending(points: Iterable[tuple[int, float, float]]) -> tuple[tuple[int, f
     return tuple(zip(widths, *(accumulate(column, max) for column in columns), strict=True))
 
 
-def _seconds(run: Callable[[], None], device: str) -> float:
-    """The fastest of a few calls, of which the first only warms up."""
+def _long_enough(at: Callable[[int], Callable[[], None]], device: str) -> int:
+    """A length whose call is long enough to time; on a CPU the shortest one is."""
+    length = 1024
+    while device != "cpu" and length < 65536 and _fastest([at(length)], device)[0] < _LEAST_SECONDS:
+        length *= 2
+    return length
+
+
+def _fastest(runs: Sequence[Callable[[], None]], device: str) -> list[float]:
+    """Seconds of every call, the fewest of some rounds through all of them: a burst of other work spoils only some rounds."""
     # On one thread the processor's own clock: it stands still while another program has the core.
     clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    fastest, spent = inf, 0.0
-    run()
-    for _ in range(_TIMED):
-        _wait(device)
-        begin = clock()
-        run()
-        _wait(device)
-        fastest = min(fastest, took := clock() - begin)
-        spent += took
-        if spent > _ENOUGH_SECONDS:
-            break
+    fastest = [inf] * len(runs)
+    for number in range(_ROUNDS + 1):  # the first warms up
+        for index, run in enumerate(runs):
+            _wait(device)
+            begin = clock()
+            run()
+            _wait(device)
+            if number:
+                fastest[index] = min(fastest[index], clock() - begin)
     return fastest
 
 
@@ -197,24 +209,15 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def _two_lengths(at: Callable[[int], Callable[[], None]], device: str) -> tuple[int, float, float]:
-    """A length long enough to time, its seconds, and those of twice the length."""
-    length, most = 1024, 1024 if device == "cpu" else 65536
-    while (once := _seconds(at(length), device)) < _LEAST_SECONDS and length < most:
-        length *= 2
-    return length, once, _seconds(at(2 * length), device)
-
-
-def _line(at: Callable[[int], Callable[[], None]], device: str) -> tuple[float, float]:
-    length, once, twice = _two_lengths(at, device)
+def _line(length: int, once: float, twice: float) -> tuple[float, float]:
+    """``a`` and ``r`` from the seconds at a length and at its double."""
     mean = twice / (2 * length)
     # Above the mean where the first chunk is cheaper than later ones, as in causal attention; beyond, it is noise.
     rate = min(max((twice - once) / length, 0.5 * mean), 1.25 * mean)
     return max(0.0, twice - 2 * length * rate), rate
 
 
-def _parabola(at: Callable[[int], Callable[[], None]], device: str) -> tuple[float, float]:
-    length, once, twice = _two_lengths(at, device)
-    # Through both points, with neither term negative.
+def _parabola(length: int, once: float, twice: float) -> tuple[float, float]:
+    """``b`` and ``c``, neither of them negative."""
     quadratic = min(max(0.0, (twice - 2 * once) / (2 * length * length)), twice / (4 * length * length))
     return max(0.0, twice / (2 * length) - 2 * quadratic * length), quadratic

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.attention.capture import Captured, capture
-from rankloom.attention.cost import KINDS, CostModel, calibrate
+from rankloom.attention.cost import KINDS, CostModel, Kind, calibrate
 from rankloom.attention.precondition import Preconditioner
 from rankloom.attention.report import HeadReport, Report, Verdict
 from rankloom.attention.trial import MOST_FEATURES, NEEDS, Head, Need, Trial, Trials, errors, least_degree
@@ -24,7 +24,12 @@ from rankloom.errors import DataError, RecipeError
 
 __all__ = ["probe", "probe_head"]
 
-_VERDICT: dict[str, Verdict] = {"isotropic": "polynomial", "anisotropic": "polynomial", "nystrom": "low-rank"}
+_VERDICT: dict[Kind, Verdict] = {
+    "isotropic": "polynomial",
+    "mehler": "polynomial",
+    "anisotropic": "polynomial",
+    "nystrom": "low-rank",
+}
 _FEWEST_TOKENS = 64
 _ENERGY = 0.99
 _LOGITS_AT_ONCE = 2**22
@@ -158,7 +163,7 @@ def _judge(
     if not unsupported:
         degree = least_degree(fitted, preconditioner, eps)
         trials = Trials(heads, preconditioner, eps)
-        passing = {need: _passing(trials, need, max(lengths), cost) for need in NEEDS}
+        passing = {need: _passing(trials, need, max(lengths), cost, degree[need]) for need in NEEDS}
         drift = _drift(trials, passing["gradients"])
     break_even = {need: _least(cost.break_even(t.width, t.kind) for t in passing[need]) for need in NEEDS}
     verdicts = {need: {n: _verdict(passing[need], n, cost) for n in lengths} for need in NEEDS}
@@ -181,7 +186,7 @@ def _judge(
     )
 
 
-def _passing(trials: Trials, need: Need, length: int, cost: CostModel) -> list[Trial]:
+def _passing(trials: Trials, need: Need, length: int, cost: CostModel, degree: int | None) -> list[Trial]:
     """The narrowest factor of each kind that reaches ``eps``, each cheaper at ``length`` than the ones before it.
 
     Only widths that could beat exact attention and what was found before are tried.
@@ -190,7 +195,7 @@ def _passing(trials: Trials, need: Need, length: int, cost: CostModel) -> list[T
     for kind in KINDS:
         within = cost.approximate(length, found[-1].width, found[-1].kind) if found else math.inf
         most = cost.widest(length, kind, most=MOST_FEATURES, within=within)
-        trial = trials.least(kind, need, most)
+        trial = trials.least(kind, need, most, degree)
         if trial is not None:
             found.append(trial)
     return found

@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import comb, inf, isfinite
+from math import comb, inf, isfinite, log
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from rankloom.attention.contract import Approximation, Factor
 from rankloom.attention.cost import Kind
 from rankloom.attention.factored import Factored
+from rankloom.attention.mehler import Mehler
 from rankloom.attention.nystrom import Nystrom
 from rankloom.attention.polynomial import Anisotropic, Isotropic, exponential_series
 from rankloom.attention.precondition import Preconditioner
@@ -42,6 +43,8 @@ NEEDS: tuple[Need, ...] = ("output", "gradients")
 MOST_FEATURES = 4096
 MOST_DEGREE = 32
 _ROWS = 256
+_FEWEST = 32
+_HOPELESS = 4.0
 
 
 class Errors(NamedTuple):
@@ -161,14 +164,33 @@ class Trials:
         self.preconditioner, self.eps, self.seed = preconditioner, eps, seed
         self._tried: dict[tuple[Kind, int], Trial] = {}
 
-    def least(self, kind: Kind, need: Need, most: int) -> Trial | None:
+    def least(self, kind: Kind, need: Need, most: int, degree: int | None) -> Trial | None:
         """The narrowest factor of ``kind`` with at most ``most`` features whose error is at most ``eps``.
 
-        Asked from narrow to wide, for more features may also err more: rounding of nearly dependent ones, and causal chunks,
-        inside which attention is exact, get shorter.
+        ``degree`` is what :func:`least_degree` found: the isotropic polynomial is tried from two below it on (causal chunks,
+        inside which attention is exact, may save so much). Of the other kinds ``most`` is tried and every quarter of it, from
+        narrow to wide, then half of the first that passes. The search ends early where the error, falling on as it did over the
+        last two widths, would still be four times ``eps`` at the widest.
         """
-        tried = (self._try(kind, size) for size in self._sizes(kind, most))
-        return next((trial for trial in tried if trial.errors.of(need) <= self.eps), None)
+        if kind == "isotropic":
+            sizes = [] if degree is None else self._degrees(max(1, degree - 2), most)
+            return next((trial for size in sizes if self._passes(trial := self._try(kind, size), need)), None)
+        widths, errors = self._widths(kind, most), list[float]()
+        for width in widths:
+            trial = self._try(kind, width)
+            if self._passes(trial, need):
+                half = self._try(kind, width // 2)
+                return half if self._passes(half, need) else trial
+            errors.append(trial.errors.of(need))
+            if (
+                len(errors) > 1
+                and _continued(errors[-2], errors[-1], log(widths[-1] / width, 4)) > _HOPELESS * self.eps
+            ):
+                break
+        return None
+
+    def _passes(self, trial: Trial, need: Need) -> bool:
+        return trial.errors.of(need) <= self.eps
 
     def _try(self, kind: Kind, size: int) -> Trial:
         if (kind, size) not in self._tried:
@@ -185,6 +207,8 @@ class Trials:
         factor: Factor
         if kind == "isotropic":
             factor = Isotropic(head.k.shape[-1], size)
+        elif kind == "mehler":
+            factor = Mehler(preconditioner.spectrum, size)
         elif kind == "anisotropic":
             factor = Anisotropic(preconditioner.spectrum, size)
         else:
@@ -192,13 +216,19 @@ class Trials:
             factor = Nystrom.fit(preconditioner.keys(head.k), size, generator=generator)
         return Factored(preconditioner, factor, scale=head.scale, causal=head.causal)
 
-    def _sizes(self, kind: Kind, most: int) -> list[int]:
-        length, dim = self.fitted.k.shape
-        if kind == "isotropic":
-            return [degree for degree in range(1, MOST_DEGREE) if comb(dim + degree, degree) <= most]
+    def _degrees(self, first: int, most: int) -> list[int]:
+        dim = self.fitted.k.shape[1]
+        return [degree for degree in range(first, MOST_DEGREE + 1) if comb(dim + degree, degree) <= most]
+
+    def _widths(self, kind: Kind, most: int) -> list[int]:
         # More landmarks than half the tokens would reproduce these tokens and say nothing about others.
-        most = min(most, length // 2) if kind == "nystrom" else most
-        return [32 << step for step in range(16) if 32 << step <= most]
+        most = min(most, self.fitted.k.shape[0] // 2) if kind == "nystrom" else most
+        return [most >> step for step in range(0, 16, 2) if most >> step >= _FEWEST][::-1]
+
+
+def _continued(before: float, last: float, steps: float) -> float:
+    """The error ``steps`` fourfold widths on, by the power law through the last two; the last itself where it did not fall."""
+    return last * min(1.0, last / before) ** steps if isfinite(before) else last
 
 
 def _with_gradients(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:

@@ -153,12 +153,15 @@ def _lengths(text: str) -> list[int]:
 
 
 def _figure(name: str) -> Path:
-    """Refused before anything is measured."""
+    """Refused before anything is measured, as is a missing matplotlib."""
+    from importlib import import_module
+
     from rankloom.errors import RecipeError
 
     path = Path(name)
     if path.suffix not in (".svg", ".png", ".pdf") or not path.parent.is_dir():
         raise RecipeError(f"--figure {name}: give a .svg, .png or .pdf file in a folder that exists")
+    import_module("matplotlib")
     return path
 
 
