@@ -13,7 +13,26 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rankloom.errors import RecipeError, near_names
 from rankloom.training.models import Task
 
-__all__ = ["TrainConfig", "load_config", "parse_overrides"]
+__all__ = ["Attention", "Limits", "TrainConfig", "load_config", "parse_overrides"]
+
+
+class Limits(BaseModel):
+    """Nearly-linear attention where its certified error allows it: :func:`rankloom.attention.accelerate_attention`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    eps: float = Field(default=1e-2, gt=0, lt=1, description="relative error of a head's output and gradients")
+    refresh: int = Field(default=50, ge=1, description="optimizer steps between two measurements")
+    hysteresis: float = Field(default=2.0, ge=1, description="what failed must be this much better than eps to return")
+    min_length: int = Field(default=2048, ge=1, description="shorter sequences are always exact")
+
+
+class Attention(BaseModel):
+    """How attention is computed while training."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    limits: Limits | None = None
 
 
 class TrainConfig(BaseModel):
@@ -45,6 +64,7 @@ class TrainConfig(BaseModel):
     accumulation: int = Field(default=1, ge=1, description="batches an optimizer step adds up")
     dtype: str = Field(default="auto", description="of the frozen model: auto, float32, bfloat16, ...")
     gradient_checkpointing: bool = False
+    attention: Attention | None = Field(default=None, description="limits: {eps: 1e-2, refresh: 50}; default: exact")
     threads: int | None = Field(default=None, ge=1, description="CPU threads; results repeat for the same number")
     seed: int = 0
 
@@ -113,10 +133,14 @@ def parse_overrides(items: list[str]) -> dict[str, Any]:
 
 
 def _assign(merged: dict[str, Any], dotted: dict[str, Any], key: str, value: Any) -> None:
-    """Put one setting where it belongs: ``columns.x`` into that table, other dotted keys to the recipe."""
-    if key.startswith("columns."):
-        merged["columns"] = {**(merged.get("columns") or {}), key.removeprefix("columns."): value}
-    elif "." in key:
+    """Put one setting where it belongs: ``columns.x``, ``attention.x.y`` into those tables, other dotted keys to the recipe."""
+    first, *rest = key.split(".")
+    if rest and first in ("columns", "attention"):
+        table = merged[first] = dict(merged.get(first) or {})
+        for name in rest[:-1]:
+            table[name] = table = dict(table.get(name) or {})
+        table[rest[-1]] = value
+    elif rest:
         dotted[key] = value
     else:
         merged[key] = value

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import yaml
 
 from rankloom.adapt import Adaptation, adapt, load
+from rankloom.attention.accelerate import AcceleratedAttention, accelerate_attention
 from rankloom.errors import ArtifactError, GradientError, RankloomError
 from rankloom.training.checkpoint import clean, list_checkpoints, newest, replace_folder, write_text
 from rankloom.training.collate import Collator
@@ -42,6 +44,7 @@ class RunResult:
     peak_memory_mb: float
     trainable: str
     init: dict[str, Any] = field(default_factory=dict)
+    attention: dict[str, Any] = field(default_factory=dict)
 
 
 def train(config: TrainConfig, *, say: Callable[[str], None] = say_to_stderr, live: bool | None = None) -> RunResult:
@@ -86,9 +89,14 @@ def train_prepared(
     metrics = MetricsFile(output / _METRICS, _step_of(checkpoint), writes=is_main())
     if config.eval_first and checkpoint is None:
         metrics.write(event="eval", step=0, **score(prepared, config))
-    figures = None
+    figures, attention = None, None
     if _step_of(checkpoint) < end:
-        figures = _fit(config, prepared, adaptation, collate, (steps, end), output, checkpoint, metrics, say, live)
+        with _limits(config, prepared) as attention:
+            figures = _fit(
+                config, prepared, adaptation, collate, (steps, end), output, checkpoint, metrics, say, live, attention
+            )
+        if attention is not None:
+            say(attention.summary())
     if figures is None:
         figures = score(prepared, config)
         metrics.write_once(event="eval", step=end, **figures)
@@ -102,6 +110,7 @@ def train_prepared(
         peak_memory_mb=round(peak_memory_mb(), 1),
         trainable=adaptation.summary(),
         init=_plain(adaptation.report),
+        attention={} if attention is None else attention.report(),
     )
     if is_main():
         replace_folder(output / "adapter", lambda folder: _save_into(adaptation, folder))
@@ -121,6 +130,7 @@ def _fit(
     metrics: MetricsFile,
     say: Callable[[str], None],
     live: bool | None,
+    attention: AcceleratedAttention | None,
 ) -> dict[str, float] | None:
     """Run the loop; returns the figures of an evaluation at the very last step, if one was due there.
 
@@ -144,6 +154,7 @@ def _fit(
         metrics=metrics,
         display=display,
         stop=stop,
+        attention=attention,
     )
     try:
         with stop_on_signal(stop, display.note):
@@ -160,6 +171,13 @@ def _fit(
             f"rankloom train {output / _CONFIG} resume=true"
         )
     return trainer.scored[1] if trainer.scored and trainer.scored[0] == end else None
+
+
+def _limits(config: TrainConfig, prepared: Prepared) -> AbstractContextManager[AcceleratedAttention | None]:
+    """The attention that the settings ask for, for as long as the context lasts."""
+    if config.attention is None or config.attention.limits is None:
+        return nullcontext()
+    return accelerate_attention(prepared.model, **config.attention.limits.model_dump(), seed=config.seed)
 
 
 def _attach(config: TrainConfig, prepared: Prepared, collate: Collator, checkpoint: Path | None) -> Adaptation:

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from rankloom.adapt import Adaptation
+from rankloom.attention.accelerate import AcceleratedAttention
 from rankloom.errors import GradientError
 from rankloom.training.checkpoint import load_state, rng_state, save_checkpoint, set_rng_state
 from rankloom.training.config import TrainConfig
@@ -112,8 +113,9 @@ class AdaptationTrainer(Trainer):
         metrics: MetricsFile,
         display: Display,
         stop: Stop,
+        attention: AcceleratedAttention | None = None,
     ) -> None:
-        self.adaptation, self.config, self.output = adaptation, config, output
+        self.adaptation, self.config, self.output, self.attention = adaptation, config, output, attention
         self.score, self.metrics_file, self.display = score, metrics, display
         self.tokens = 0
         self.scored: tuple[int, dict[str, float]] | None = None
@@ -186,6 +188,8 @@ class AdaptationTrainer(Trainer):
             tokens_per_second=round(speed, 1),
             peak_memory_mb=round(peak_memory_mb(), 1),
         )
+        if self.attention is not None:
+            self.metrics_file.write(event="attention", step=step, ran=dict(self.attention.totals))
         self.display.log(step, logs["loss"], speed)
         self._restart_clock()
 
@@ -204,11 +208,14 @@ class AdaptationTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         ranks = self._gather(rng_state())
+        attention = [] if self.attention is None else self._gather(self.attention.state_dict())
         if self.args.should_save:
-            save_checkpoint(self.output, self.state.global_step, lambda to: self._write(to, ranks), self.config.keep)
+            save_checkpoint(
+                self.output, self.state.global_step, lambda to: self._write(to, ranks, attention), self.config.keep
+            )
         self.accelerator.wait_for_everyone()
 
-    def _write(self, folder: Path, ranks: list[dict[str, Any]]) -> None:
+    def _write(self, folder: Path, ranks: list[dict[str, Any]], attention: list[dict[str, Any]]) -> None:
         self.adaptation.save(folder / "adapter")
         self.state.save_to_json(str(folder / "trainer_state.json"))
         state = {
@@ -216,6 +223,7 @@ class AdaptationTrainer(Trainer):
             "scheduler": self.lr_scheduler.state_dict(),
             "schedule": self.adaptation.schedule_state(),
             "rng": ranks,
+            "attention": attention,
             "tokens": self.tokens,
             "pending_loss": self._tr_loss.detach().cpu(),
             "last_logged": self._globalstep_last_logged,
@@ -223,7 +231,7 @@ class AdaptationTrainer(Trainer):
         torch.save(state, folder / _STATE)
 
     def _gather(self, state: dict[str, Any]) -> list[dict[str, Any]]:
-        """Every process's generators: each draws its own dropout masks."""
+        """Every process's own state: each draws its own dropout masks, and measures attention on its own batches."""
         if self.args.world_size == 1:
             return [state]
         from accelerate.utils import gather_object
@@ -241,12 +249,17 @@ class AdaptationTrainer(Trainer):
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["scheduler"])
         self.adaptation.load_schedule_state(state["schedule"])
+        if self.attention is not None:
+            self.attention.load_state_dict(self._own(state["attention"]))
         self.tokens = state["tokens"]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self._restored is not None:
-            ranks = self._restored["rng"]
-            set_rng_state(ranks[self.args.process_index % len(ranks)])
+            set_rng_state(self._own(self._restored["rng"]))
+
+    def _own(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        """This process's part of what :meth:`_gather` brought together."""
+        return states[self.args.process_index % len(states)]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
         """Not asked for: it would cost one more pass over every gradient."""
