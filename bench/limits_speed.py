@@ -3,7 +3,7 @@
 Claims, on one thread in float32: at L = 65536, d = 16 with entries uniform in [-0.5, 0.5] takes <= 1/15 of SDPA's time without
 a mask and <= 1/6 causal, at an output error <= 1e-5 and gradient errors <= 1e-3; d = 64 with entries in [-0.25, 0.25] <= 1/5
 without a mask at gradient errors <= 1e-3; d = 64 with a decaying spectrum (Sig_i ~ 1/i, logits of standard deviation 0.6,
-offsets) <= 1/5 causal at an output error <= 1e-3. Time grows with L to a power <= 1.1 where SDPA's is >= 1.9.
+offsets in q, k and v) <= 1/5 causal at an output error <= 1e-3. Time grows with L to a power <= 1.1 where SDPA's is >= 1.9.
 
 A run is forward and backward to q, k and v for a random output gradient, the change of coordinates included; its fit, which
 a training run repeats every so many steps, is given apart. SDPA gets heads padded to 16 where d < 16, which it is faster for.
@@ -34,6 +34,7 @@ from common import earlier, interleaved, provenance, ratios, table, write
 from rankloom.attention.contract import Factor
 from rankloom.attention.exact import factor_gradients
 from rankloom.attention.factored import Factored
+from rankloom.attention.mehler import Mehler
 from rankloom.attention.polynomial import Anisotropic, Isotropic
 from rankloom.attention.precondition import Preconditioner
 from rankloom.kernels.lowrank import Linear
@@ -53,7 +54,8 @@ def decaying(length: int, dim: int, std: float) -> Head:
     spectrum *= std / spectrum.norm()
     mix = torch.linalg.qr(torch.randn(dim, dim)).Q
     q, k = (torch.randn(length, dim) * spectrum.sqrt() @ mix * dim**0.25 for _ in range(2))
-    return q + 0.5 * torch.randn(dim), k + 0.5 * torch.randn(dim), torch.randn(length, dim)
+    q, k, v = (t + 0.5 * torch.randn(dim) for t in (q, k, torch.randn(length, dim)))
+    return q, k, v
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,25 @@ def anisotropic(width: int) -> Callable[[Preconditioner], Factor]:
     return lambda p: Anisotropic(p.spectrum, width)
 
 
+def mehler(width: int) -> Callable[[Preconditioner], Factor]:
+    return lambda p: Mehler(p.spectrum, width)
+
+
+SMALL = {"taylor 2": taylor(2), "taylor 3": taylor(3), "mehler 969": mehler(969), "mehler 1400": mehler(1400)}
 ROWS = {
-    "d=16, entries 0.5": Row(uniform, 16, 0.5, False, {"taylor 2": taylor(2), "taylor 3": taylor(3)}),
-    "d=16, entries 0.5, causal": Row(uniform, 16, 0.5, True, {"taylor 2": taylor(2), "taylor 3": taylor(3)}),
-    "d=64, entries 0.25": Row(uniform, 64, 0.25, False, {"taylor 1": taylor(1), "taylor 2": taylor(2)}),
-    "d=64, decaying, std 0.6, causal": Row(
-        decaying, 64, 0.6, True, {f"anisotropic {w}": anisotropic(w) for w in (512, 1024, 2048)}
+    "d=16, entries 0.5": Row(uniform, 16, 0.5, False, SMALL),
+    "d=16, entries 0.5, causal": Row(uniform, 16, 0.5, True, SMALL),
+    "d=64, entries 0.25": Row(
+        uniform, 64, 0.25, False, {"taylor 1": taylor(1), "taylor 2": taylor(2), "mehler 2145": mehler(2145)}
     ),
-    "d=8, entries 1": Row(uniform, 8, 1.0, False, {"taylor 4": taylor(4)}),
+    "d=64, decaying, std 0.6, causal": Row(
+        decaying,
+        64,
+        0.6,
+        True,
+        {"anisotropic 1024": anisotropic(1024), **{f"mehler {w}": mehler(w) for w in (512, 1024, 2048)}},
+    ),
+    "d=8, entries 1": Row(uniform, 8, 1.0, False, {"taylor 4": taylor(4), "mehler 495": mehler(495)}),
 }
 
 
