@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "ArtifactError",
+    "AttentionError",
     "CompositionError",
     "DataError",
     "FingerprintError",
@@ -44,6 +45,10 @@ class ArtifactError(RankloomError):
 
 class FingerprintError(ArtifactError):
     """An adapter that was made on another base model."""
+
+
+class AttentionError(RankloomError):
+    """Attention inputs or settings that no approximation can take."""
 
 
 class DataError(RankloomError):

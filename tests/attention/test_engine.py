@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rankloom.attention.contract import Factor
 from rankloom.attention.engine import default_chunk, factored_attention
@@ -172,15 +175,47 @@ def test_half_precision_values_get_wide_sums(causal: bool) -> None:
         assert float((one.double() - other).norm() / other.norm()) < 2e-2
 
 
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation gives out."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))])
+        return out
+
+
 @pytest.mark.parametrize("causal", [False, True])
-def test_nothing_of_length_by_width_is_kept(causal: bool) -> None:
-    """What autograd saves between the passes: inputs, output, denominators and one state."""
+def test_nothing_of_length_by_width_or_by_length_is_formed(causal: bool) -> None:
+    """Nor kept between the passes: those are the inputs, output, denominators and one state."""
+    length, chunk = 1024, 64
     saved: list[int] = []
-    leaves = head(length=4096, dtype=torch.float32)
+    leaves = head(length=length, dtype=torch.float32)
     factor = Isotropic(DIM, 7)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        factored_attention(*leaves, factor, causal=causal)
-    assert sum(saved) <= 4096 * (2 * DIM + 2 * VALUES + 2) + factor.width * (VALUES + 1)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t),
+        Largest() as seen,
+    ):
+        out, _ = factored_attention(*leaves, factor, causal=causal, chunk=chunk)
+        torch.autograd.grad(out.sum(), leaves)
+    assert sum(saved) <= length * (2 * DIM + 2 * VALUES + 2) + factor.width * (VALUES + 1)
+    assert seen.numel <= max(length * VALUES, chunk * max(factor.width, chunk))
+
+
+def test_light_early_keys_keep_their_digits_in_the_causal_gradient() -> None:
+    """Sums over the past are formed from the past, not by taking the future, up to e^40 as large, out of the whole."""
+    q, k, v, _ = head(length=96)
+    log_weight = torch.linspace(-40, 0, 96, dtype=torch.float64).requires_grad_()
+    leaves = [q, k, v, log_weight]
+    narrow = [t.detach().float().requires_grad_() for t in leaves]
+    factor, pull = Isotropic(DIM, 3), torch.randn(1, 96, VALUES, dtype=torch.float64)
+    wide, _ = factored_attention(*leaves, factor, causal=True, chunk=8)
+    want, _ = dense(*leaves, factor.series, 8)
+    got, _ = factored_attention(*narrow, factor, causal=True, chunk=8)
+    dq = torch.autograd.grad(want, q, pull)[0]
+    torch.testing.assert_close(torch.autograd.grad(wide, q, pull)[0], dq, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(got, narrow[0], pull.float())[0].double(), dq, rtol=1e-3, atol=1e-5)
 
 
 def test_default_chunk_fits_the_cache() -> None:

@@ -31,13 +31,8 @@ class _NearAndFar(Approximation):
         self, preconditioner: Preconditioner, factor: Factor, *, scale: float, causal: bool, heavy: float
     ) -> None:
         self._far = Factored(preconditioner, factor, scale=scale, causal=causal)
-        self.preconditioner, self.factor, self.scale, self.causal, self.heavy = (
-            preconditioner,
-            factor,
-            scale,
-            causal,
-            heavy,
-        )
+        self.preconditioner, self.factor, self.heavy = preconditioner, factor, heavy
+        self.scale, self.causal = scale, causal
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if q.dim() != 3 or k.shape != q.shape[1:] or v.dim() != 2 or len(v) != len(k):

@@ -194,7 +194,11 @@ def _forward_causal(h: _Head, emit: Callable[[int, int, Tensor], None]) -> None:
 
 
 def _backward_causal(h: _Head, pull: Callable[[int, int], Tensor], into: _Gradients) -> None:
-    """One sweep forward for the queries and the diagonal blocks, one in reverse for the keys and values before them."""
+    """One sweep forward for the queries and the diagonal blocks, one in reverse for the keys and values before them.
+
+    A single sweep would have to take chunks out of the whole state again. That loses all digits where later keys outweigh
+    earlier ones, and compensated sums cost as much as the features that the second sweep forms again.
+    """
     state, mask = h.empty_state(), h.mask()
     for a, b in h.spans(h.k):
         xq, xk, u, dz = h.queries(a, b), h.keys(a, b), h.values(a, b), pull(a, b)

@@ -12,19 +12,20 @@ __all__ = ["heaviness", "heavy_threshold"]
 
 
 def heaviness(preconditioner: Preconditioner, k: Tensor) -> Tensor:
-    """The log of the root mean square weight of every key ``k`` (L, d) over Gaussian queries, without a gradient: (L,).
+    """How much weight a key ``k`` (L, d) can hold, in logs and up to a constant, without a gradient: (L,).
 
-    With ``q~`` of covariance ``diag(Sig)``, ``E exp(q~ . k~)^2 = exp(2 k~^T diag(Sig) k~)``, so this is
+    The root mean square, over Gaussian queries ``q~`` of covariance ``diag(Sig)``, of the key's weight relative to the
+    row's expected denominator ``exp(q~^T diag(Sig) q~ / 2)``. In the :class:`Preconditioner`'s symbols its log is
 
-        scale c . (k_j - m) + k~_j^T diag(Sig) k~_j
+        scale c . (k_j - m) + sum_i k~_ji^2 Sig_i / (1 + 2 Sig_i^2).
 
-    in the :class:`Preconditioner`'s symbols. It depends on the key alone, so a threshold on it is strictly causal. In
-    heads with Gaussian keys and logits of standard deviation 1.5 and more, a few percent of the keys hold most of what a
-    factor gets wrong.
+    It depends on the key alone, so a threshold on it is strictly causal. In heads with Gaussian keys and logits of standard
+    deviation 1.5 and more, a few percent of the keys hold most of what a factor gets wrong.
     """
     fitted, keys = preconditioner, preconditioner.keys(k.detach())
     log_weight = (k.detach().to(keys) - fitted.key_mean.to(keys)) @ (fitted.scale * fitted.query_mean).to(keys)
-    return log_weight + keys.square() @ fitted.spectrum.to(keys)
+    spectrum = fitted.spectrum
+    return log_weight + keys.square() @ (spectrum / (1 + 2 * spectrum.square())).to(keys)
 
 
 def heavy_threshold(preconditioner: Preconditioner, k: Tensor, share: float) -> float:

@@ -27,8 +27,9 @@ class Mehler(Factor):
     which is near ``exp(Sig q^2 / 2)`` and gives large queries less weight: ``rho`` is fitted to ``Sig / sqrt(1 + 2 Sig^2)``, the
     geometric mean of both sides' variances. Products over coordinates are kept by their singular value ``prod_i rho_i^m_i``.
 
-    In one coordinate singular values fall like ``Sig^n`` where Taylor's terms fall like ``(2 Sig)^n``. For clouds far from
-    Gaussian nothing is promised; as for every cut expansion, check the denominators.
+    In one coordinate singular values fall like ``Sig^n`` where Taylor's terms fall like ``(2 Sig)^n``. Uniform and
+    clustered clouds gain as Gaussian ones do; much heavier tails lose, as ``h_n`` grows like ``exp(rho x^2 / 2)``.
+    As for every cut expansion, check the denominators.
 
     Raises ``RecipeError`` for a spectrum that is not a vector of finite non-negative numbers, or a width below 1.
     """

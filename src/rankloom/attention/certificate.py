@@ -1,0 +1,257 @@
+r"""How wrong an approximate attention head is, measured on a few of its query rows.
+
+Everything a head gives, forward and backward, is a sum over its ``N = g L`` query rows, and a row costs ``O(L d)`` to compute
+exactly. So the error of the whole head follows from a few rows; but not from uniform ones, which miss the few large rows that
+most of the error is in. :mod:`rankloom.attention.strata` draws them by ``approximation.difficulty``.
+
+**Per row** (the output, dQ): the squared error is a sum of the rows' own, estimated by stratified means.
+
+**Summed over rows** (dK, dV and all adapter factors): the error is ``D = sum_i D_i``, ``D_i`` being what row ``i`` adds to the
+exact gradient less what it adds to the approximate one, at the same output gradient. ``|D|^2`` is estimated without bias from
+products of independent replicates of the sample (:func:`rankloom.attention.strata.sum_of_rows`).
+
+Errors are relative to the approximate
+tensor, which is known exactly; as ``|exact| >= |approximate| - error``, an absolute limit ``u`` is the relative limit
+``u / (|approximate| - u)``, infinite where the approximate tensor is no larger than its error.
+
+**Control variate**: ``approximate + mean D_r`` is unbiased for the exact gradient, with the sampling variance of the mean as
+its squared error. It is offered where that is below the estimate of ``|D|^2``. (The choice rests on the same rows, so exactly
+unbiased is only the estimator that always adds it.)
+
+Setting: arXiv 2406.03136.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from rankloom.attention.contract import Approximation
+from rankloom.attention.projection import Projection
+from rankloom.attention.strata import FEWEST, SumOfRows, stratify, sum_of_rows, total
+from rankloom.errors import AttentionError
+
+__all__ = ["Certificate", "Estimate", "certify"]
+
+_SHARE = 8  # at most one row in so many: a certificate has to stay cheap beside the exact step of a short sequence too
+_LOGITS = 2**21  # rows x L at once
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A relative Frobenius error and its upper limit; for gradients that are sums over rows, also what would correct them.
+
+    ``correction`` is to be added to the approximate gradient, and ``residual`` is the relative error expected after that. Both
+    are None where it would not help, and for dQ, each row of which is one row's alone.
+    """
+
+    error: float
+    upper: float
+    correction: Tensor | None = None
+    residual: float | None = None
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Estimates of the relative error of a head's output and of its gradients, and the number of exact rows behind them.
+
+    ``gradients`` has the keys ``dQ, dK, dV``, or ``dA_q, dB_q, ...`` of the projections given. A failed certificate says why in
+    ``reason``; its error is infinite and it has no gradients.
+    """
+
+    error: float
+    upper: float
+    gradients: dict[str, Estimate] = field(default_factory=dict)
+    rows: int = 0
+    reason: str | None = None
+
+    def passes(self, eps: float, gradient_eps: float | None = None) -> bool:
+        """Whether the output's limit is at most ``eps``, and every gradient's at most ``gradient_eps`` (or else ``eps``)."""
+        bound = eps if gradient_eps is None else gradient_eps
+        return self.upper <= eps and all(estimate.upper <= bound for estimate in self.gradients.values())
+
+
+def certify(
+    approximation: Approximation,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    out: Tensor | None = None,
+    denominators: Tensor | None = None,
+    grad: Tensor | None = None,
+    gradients: tuple[Tensor, Tensor, Tensor] | None = None,
+    projections: Mapping[str, Projection] | None = None,
+    rows: int = 256,
+    generator: torch.Generator | None = None,
+) -> Certificate:
+    """The error of ``approximation`` on ``q`` (g, L, d), ``k`` (L, d), ``v`` (L, d_v), against exact attention.
+
+    ``out`` and ``denominators`` are what ``approximation(q, k, v)`` returned, ``gradients`` (dQ, dK, dV) what it gave back for
+    ``grad`` (g, L, d_v); what is not given is computed. With ``grad`` the gradients are estimated as well: dQ, dK, dV, or with
+    ``projections`` for any of ``q, k, v`` the ``dA_n`` and ``dB_n`` of those.
+
+    ``rows`` is cut to ``g L / 8``, though never below 64; up to that many rows a head is computed exactly. Half precision is
+    certified in float32. Time ``O(rows L d)`` plus the dense rows of the approximation; memory ``O(2^21 + L (d + d_v))``.
+
+    The certificate fails, with a reason, where a denominator is not positive or anything is not finite. Raises
+    :class:`AttentionError` for shapes that do not fit, ``q, k, v, grad`` that are not finite, and ``rows < 64``.
+    """
+    _check(q, k, v, grad, projections, rows)
+    q, k, v = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v))
+    if out is None or (grad is not None and gradients is None):
+        inputs = [t.clone().requires_grad_(grad is not None) for t in (q, k, v)]
+        with torch.set_grad_enabled(grad is not None):
+            out, denominators = approximation(*inputs)
+        if grad is not None:
+            dq, dk, dv = torch.autograd.grad(out, inputs, grad.to(out.dtype))
+            gradients = (dq, dk, dv)
+    known = {"output": out.detach()}
+    if grad is not None and gradients is not None:
+        grad = grad.detach().to(q.dtype)
+        known |= {name: t.detach().to(q.dtype) for name, t in zip(("dQ", "dK", "dV"), gradients, strict=True)}
+    if reason := _invalid(known, denominators):
+        return Certificate(math.inf, math.inf, reason=reason)
+
+    count = q.shape[0] * q.shape[1]
+    sample = stratify(_difficulty(approximation, q, grad), max(FEWEST, min(rows, count // _SHARE)), generator)
+    head = _Head(approximation, q, k, v, known["output"], grad, projections or {})
+    top, sums = head.differences(sample.top, torch.ones_like(sample.top, dtype=q.dtype))
+    replicates = {name: t.repeat(max(1, len(sample.drawn)), *[1] * t.ndim) for name, t in sums.items()}
+    drawn = {name: t.new_empty(sample.drawn.shape) for name, t in top.items()}
+    for i, replicate in enumerate(sample.drawn):
+        squares, sums = head.differences(replicate.flatten(), sample.weights.flatten().to(q.dtype))
+        for name, t in squares.items():
+            drawn[name][i] = t.view(replicate.shape)
+        for name, t in sums.items():
+            replicates[name][i] += t
+
+    if grad is not None:
+        known |= head.sums(known["dQ"], known["dK"], known["dV"])
+    estimates = {name: _relative(known[name], *total(sample, top[name], drawn[name])) for name in top}
+    for name, values in replicates.items():
+        estimates[name] = _corrected(known[name], sum_of_rows(values))
+    if bad := [name for name, estimate in estimates.items() if math.isnan(estimate.error)]:
+        return Certificate(math.inf, math.inf, reason=f"exact or approximate rows are not finite in {', '.join(bad)}")
+    output = estimates.pop("output")
+    return Certificate(output.error, output.upper, estimates, sample.top.numel() + sample.drawn.numel())
+
+
+class _Head:
+    """One head's exact rows less its approximate ones."""
+
+    def __init__(
+        self,
+        approximation: Approximation,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        grad: Tensor | None,
+        projections: Mapping[str, Projection],
+    ) -> None:
+        self.approximation, self.k, self.v, self.projections = approximation, k, v, projections
+        self.heads, self.length = q.shape[:2]
+        self.q, self.out = q.flatten(0, 1), out.flatten(0, 1)
+        self.grad = None if grad is None else grad.flatten(0, 1)
+
+    def differences(self, index: Tensor, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Over the rows ``index`` (n,): squared errors (n,) of what is per row, sums with ``weight`` (n,) of what is a sum."""
+        size = max(1, _LOGITS // self.length)
+        parts = [self._batch(i, w) for i, w in zip(index.split(size), weight.split(size), strict=True)]
+        squares = {name: torch.cat([part[0][name] for part in parts]) for name in parts[0][0]}
+        return squares, {name: sum((p[1][name] for p in parts[1:]), parts[0][1][name]) for name in parts[0][1]}
+
+    def sums(self, dq: Tensor, dk: Tensor, dv: Tensor, at: Tensor | None = None) -> dict[str, Tensor]:
+        """The gradients that are sums over rows, from ``dq`` (g, n, d) at the positions ``at`` (n,), ``dk`` and ``dv`` (L, .)."""
+        if not self.projections:
+            return {"dK": dk, "dV": dv}
+        everywhere = torch.arange(self.length, device=dk.device)
+        parts = {"q": (dq, everywhere if at is None else at), "k": (dk[None], everywhere), "v": (dv[None], everywhere)}
+        named = {n: p.gradients(*parts[n]) for n, p in self.projections.items()}
+        return {f"{factor}_{n}": t for n, pair in named.items() for factor, t in zip(("dA", "dB"), pair, strict=True)}
+
+    def _batch(self, index: Tensor, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        head, at, backward = index // self.length, index % self.length, self.grad is not None
+        q, k = self.q[index].requires_grad_(backward), self.k.detach().requires_grad_(backward)
+        with torch.set_grad_enabled(backward):
+            exact = self._exact(q, at, k)
+            difference = exact - self.approximation.weights(q, at, k)
+        squares = {"output": (exact.detach() @ self.v - self.out[index]).double().square().sum(1)}
+        if self.grad is None:
+            return squares, {}
+        grad = self.grad[index] * weight[:, None]
+        dq, dk = torch.autograd.grad(difference, (q, k), grad @ self.v.mT)
+        dv = difference.detach().mT @ grad
+        if not self.projections:
+            squares["dQ"] = (dq / weight[:, None]).double().square().sum(1)
+        by_head = dq.new_zeros(self.heads, *dq.shape)
+        by_head[head, torch.arange(len(index), device=index.device)] = dq
+        return squares, self.sums(by_head, dk, dv, at)
+
+    def _exact(self, q: Tensor, at: Tensor, k: Tensor) -> Tensor:
+        logits = self.approximation.scale * (q @ k.mT)
+        if self.approximation.causal:
+            logits = logits.masked_fill(torch.arange(self.length, device=k.device) > at[:, None], -math.inf)
+        return logits.softmax(-1)
+
+
+def _difficulty(approximation: Approximation, q: Tensor, grad: Tensor | None) -> Tensor:
+    """The rows' ranks by expected error: the highest of several, as no single one finds them all.
+
+    Early causal rows average few keys, so that errors fall as ``(i + 1)^-1/2`` unless a row attends to few keys anyway. With
+    ``grad`` a row counts in the gradients by its norm.
+    """
+    scores = [approximation.difficulty(q)]
+    if approximation.causal:
+        scores.append(scores[0] * torch.arange(1, q.shape[1] + 1, device=q.device).rsqrt())
+    if grad is not None:
+        scores.append(scores[-1] * grad.norm(dim=-1))
+    return torch.stack([t.flatten().argsort().argsort() for t in scores]).amax(0)
+
+
+def _relative(approximate: Tensor, squared: float, squared_upper: float) -> Estimate:
+    norm = float(torch.linalg.vector_norm(approximate, dtype=torch.float64))
+    upper = math.sqrt(squared_upper)
+    if norm == 0.0:
+        return Estimate(0.0, 0.0) if upper == 0.0 else Estimate(math.inf, math.inf)
+    return Estimate(math.sqrt(max(squared, 0.0)) / norm, upper / (norm - upper) if upper < norm else math.inf)
+
+
+def _corrected(approximate: Tensor, found: SumOfRows) -> Estimate:
+    plain = _relative(approximate, found.squared_norm, found.upper)
+    if not found.squared_norm > found.variance:
+        return plain
+    norm = float(torch.linalg.vector_norm(approximate, dtype=torch.float64))
+    return replace(plain, correction=found.mean, residual=math.sqrt(max(found.variance, 0.0)) / norm)
+
+
+def _invalid(known: Mapping[str, Tensor], denominators: Tensor | None) -> str | None:
+    if denominators is not None:
+        bad = int((~((denominators > 0) & denominators.isfinite())).sum())
+        if bad:
+            return (
+                f"{bad} of {denominators.numel()} denominators are not positive and finite: the logits are out of range"
+            )
+    return next((f"the approximate {name} is not finite" for name, t in known.items() if not t.isfinite().all()), None)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor | None, projections: Mapping[str, Projection] | None, rows: int
+) -> None:
+    if q.ndim != 3 or k.shape != q.shape[1:] or v.ndim != 2 or len(v) != len(k):
+        shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
+        raise AttentionError(f"a certificate takes q (g, L, d), k (L, d) and v (L, d_v) of one length, not {shapes}")
+    if grad is not None and grad.shape != (*q.shape[:2], v.shape[1]):
+        raise AttentionError(f"the output's gradient is {(*q.shape[:2], v.shape[1])}, not {tuple(grad.shape)}")
+    if unknown := set(projections or ()) - {"q", "k", "v"}:
+        raise AttentionError(f"projections are named q, k and v, not {', '.join(sorted(unknown))}")
+    if rows < FEWEST:
+        raise AttentionError(f"a certificate needs at least {FEWEST} rows, not {rows}")
+    for name, t in {"q": q, "k": k, "v": v, "grad": grad}.items():
+        if t is not None and not t.isfinite().all():
+            raise AttentionError(f"{name} is not finite: look for what made it so before asking for its attention")

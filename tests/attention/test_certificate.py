@@ -1,0 +1,358 @@
+"""The certificate against the true errors of small dense heads, in float64."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from rankloom.attention.certificate import Certificate, certify
+from rankloom.attention.contract import Approximation
+from rankloom.attention.projection import Projection
+from rankloom.attention.strata import stratify, sum_of_rows, total
+from rankloom.errors import AttentionError
+from rankloom.kernels.lowrank import Linear
+
+
+class Polynomial(Approximation):
+    """Dense attention with the Taylor polynomial of the exponential, keys centred."""
+
+    def __init__(self, degree: int, *, scale: float, causal: bool) -> None:
+        self.degree, self.scale, self.causal = degree, scale, causal
+
+    def kernel(self, q: Tensor, at: Tensor, k: Tensor) -> Tensor:
+        logits = self.scale * q @ (k - k.detach().mean(0)).mT
+        value = sum(logits**j / math.factorial(j) for j in range(self.degree + 1))
+        return value.masked_fill(torch.arange(len(k)) > at[:, None], 0.0) if self.causal else value
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        kernels = [self.kernel(head, torch.arange(len(k)), k) for head in q]
+        sums = torch.stack([kernel.sum(1) for kernel in kernels])
+        return torch.stack([kernel @ v for kernel in kernels]) / sums[..., None], sums.detach()
+
+    def weights(self, q: Tensor, at: Tensor, k: Tensor) -> Tensor:
+        kernel = self.kernel(q, at, k)
+        return kernel / kernel.sum(1, keepdim=True)
+
+    def difficulty(self, q: Tensor) -> Tensor:
+        return q.norm(dim=-1)
+
+
+class Exact(Polynomial):
+    """The oracle: the same with the exponential itself."""
+
+    def kernel(self, q: Tensor, at: Tensor, k: Tensor) -> Tensor:
+        value = (self.scale * q @ k.mT).exp()
+        return value.masked_fill(torch.arange(len(k)) > at[:, None], 0.0) if self.causal else value
+
+
+def inputs(
+    heads: int, length: int, dim: int, spread: float, seed: int, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    """q, k, v and an output gradient; queries of very different norms, so that errors sit on few rows."""
+    g = torch.Generator().manual_seed(seed)
+
+    def rand(*size: int) -> Tensor:
+        return torch.randn(*size, generator=g, dtype=torch.float64).to(dtype)
+
+    q = rand(heads, length, dim) * spread * rand(heads, length, 1).exp() ** 0.5
+    return [q, rand(length, dim) + rand(dim), rand(length, dim), rand(heads, length, dim)]
+
+
+def backward(approximation: Approximation, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    out, _ = approximation(*leaves)
+    return dict(zip(("output", "dQ", "dK", "dV"), (out.detach(), *torch.autograd.grad(out, leaves, grad)), strict=True))
+
+
+def truth(approximation: Polynomial, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[dict[str, Tensor], ...]:
+    exact = Exact(0, scale=approximation.scale, causal=approximation.causal)
+    return backward(approximation, q, k, v, grad), backward(exact, q, k, v, grad)
+
+
+def estimates(certificate: Certificate) -> dict[str, tuple[float, float]]:
+    gradients = {name: (e.error, e.upper) for name, e in certificate.gradients.items()}
+    return {"output": (certificate.error, certificate.upper), **gradients}
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return float((got - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize(("heads", "causal"), product((1, 3), (False, True)))
+def test_all_rows_give_the_error_itself(heads: int, causal: bool) -> None:
+    q, k, v, grad = inputs(heads, 60 // heads, 4, 0.5, seed=heads)
+    head = Polynomial(3, scale=0.5, causal=causal)
+    approximate, exact = truth(head, q, k, v, grad)
+    certificate = certify(head, q, k, v, grad=grad)
+    assert certificate.rows == 60 and certificate.reason is None and set(estimates(certificate)) == set(exact)
+    for name, (error, upper) in estimates(certificate).items():
+        absolute, norm = (approximate[name] - exact[name]).norm(), approximate[name].norm()
+        assert error == pytest.approx(float(absolute / norm), rel=1e-9), name
+        assert upper == pytest.approx(float(absolute / (norm - absolute)), rel=1e-9), name
+        assert upper >= relative(approximate[name], exact[name]) * (1 - 1e-9)
+    for name in ("dK", "dV"):
+        estimate = certificate.gradients[name]
+        assert estimate.correction is not None and estimate.residual == 0.0
+        torch.testing.assert_close(approximate[name] + estimate.correction, exact[name], rtol=1e-10, atol=1e-12)
+    given = certify(
+        head,
+        q,
+        k,
+        v,
+        out=approximate["output"],
+        grad=grad,
+        gradients=(approximate["dQ"], approximate["dK"], approximate["dV"]),
+    )
+    assert estimates(given) == estimates(certificate)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_adapter_gradients_against_autograd(causal: bool) -> None:
+    """Two query heads on one key head, adapters on all three projections, queries and keys turned by position."""
+    heads, length, dim, width, rank = 2, 30, 4, 10, 3
+    g = torch.Generator().manual_seed(0)
+
+    def rand(*size: int) -> Tensor:
+        return torch.randn(*size, generator=g, dtype=torch.float64)
+
+    x, grad = rand(length, width), rand(heads, length, dim)
+    sizes = {"q": heads * dim, "k": dim, "v": dim}
+    base = {n: 0.15 * rand(size, width) for n, size in sizes.items()}
+    a, b = {n: rand(rank, width) for n in sizes}, {n: 0.1 * rand(size, rank) for n, size in sizes.items()}
+    turns = torch.linalg.qr(rand(length, dim, dim)).Q
+
+    def made(n: str) -> Tensor:
+        y = (x @ (base[n] + 0.7 * b[n] @ a[n]).mT).view(length, -1, dim).transpose(0, 1)
+        return y if n == "v" else torch.einsum("lij,hlj->hli", turns, y)
+
+    def turn_back(grad: Tensor, at: Tensor) -> Tensor:
+        return torch.einsum("lij,hli->hlj", turns[at], grad)
+
+    leaves = [t.requires_grad_() for n in sizes for t in (a[n], b[n])]
+    names = [f"{factor}_{n}" for n in sizes for factor in ("dA", "dB")]
+    head = Polynomial(3, scale=0.5, causal=causal)
+    want = []
+    for map_ in (head, Exact(0, scale=0.5, causal=causal)):
+        out, _ = map_(made("q"), made("k")[0], made("v")[0])
+        want.append(dict(zip(names, torch.autograd.grad(out, leaves, grad), strict=True)))
+    projections = {
+        n: Projection(x, Linear(base[n], None, a[n], b[n], 0.7), None if n == "v" else turn_back) for n in sizes
+    }
+    q, k, v = made("q").detach(), made("k")[0].detach(), made("v")[0].detach()
+    certificate = certify(head, q, k, v, grad=grad, projections=projections)
+    assert list(certificate.gradients) == names
+    for name, estimate in certificate.gradients.items():
+        error = float((want[0][name] - want[1][name]).norm() / want[0][name].norm())
+        assert estimate.error == pytest.approx(error, rel=1e-9) and error > 1e-4, name
+        assert estimate.correction is not None
+        torch.testing.assert_close(want[0][name] + estimate.correction, want[1][name], rtol=1e-10, atol=1e-12)
+    partial = certify(head, q, k, v, grad=grad, projections={n: projections[n] for n in "qv"})
+    assert list(partial.gradients) == ["dA_q", "dB_q", "dA_v", "dB_v"]
+
+
+def test_a_gradient_that_is_zero_has_no_error() -> None:
+    """With ``B = 0``, ``dA`` is zero exactly and approximately."""
+    q, k, v, grad = inputs(1, 600, 4, 0.3, seed=0)
+    a, b = torch.randn(2, 6, dtype=q.dtype), q.new_zeros(4, 2)
+    projection = Projection(torch.randn(600, 6, dtype=q.dtype), Linear(b @ a, None, a, b, 1.0))
+    found = certify(Polynomial(2, scale=0.5, causal=True), q, k, v, grad=grad, projections={"q": projection}).gradients
+    assert (found["dA_q"].error, found["dA_q"].upper) == (0.0, 0.0) and found["dB_q"].error > 0
+
+
+def test_strata() -> None:
+    difficulty = torch.rand(5000, dtype=torch.float64)
+    sample = stratify(difficulty, 256)
+    order = difficulty.argsort(descending=True)
+    assert torch.equal(sample.top, order[:64])
+    assert sample.drawn.shape == (8, 3, 8) and sample.sizes.tolist() == [192, 768, 3976]
+    for rows, low, high in zip(sample.drawn.unbind(1), (64, 256, 1024), (256, 1024, 5000), strict=True):
+        assert torch.isin(rows, order[low:high]).all()
+        assert all(len(replicate.unique()) == 8 for replicate in rows)
+    assert (sample.weights.sum(1) == sample.sizes).all()
+    short = stratify(difficulty[:300], 256)
+    assert (
+        short.sizes.tolist() == [192] and len(short.top) == 64 + 44
+    )  # a stratum no larger than its sample is taken whole
+
+
+def test_estimators_are_unbiased() -> None:
+    """Means over 1000 draws, within four standard errors; the plain squared norm of the mean would be far off."""
+    g = torch.Generator().manual_seed(1)
+    terms = torch.randn(600, 6, generator=g, dtype=torch.float64) + 0.05
+    terms[:, 0] *= torch.linspace(3, 0.1, 600, dtype=torch.float64).exp()
+    squares, difficulty = terms.square().sum(1), terms[:, 0].abs() + torch.rand(600, generator=g)
+    sums, norms, plain, means, variances = [], [], [], [], []
+    for _ in range(1000):
+        sample = stratify(difficulty, 64, g)
+        sums.append(total(sample, squares[sample.top], squares[sample.drawn])[0])
+        replicates = terms[sample.top].sum(0) + torch.einsum(
+            "rhmc,hm->rc", terms[sample.drawn], sample.weights.double()
+        )
+        found = sum_of_rows(replicates)
+        norms.append(found.squared_norm)
+        plain.append(float(found.mean.square().sum()))
+        means.append(found.mean)
+        variances.append(found.variance)
+    whole = terms.sum(0)
+
+    def off(values: list[float], want: Tensor | float) -> float:
+        t = torch.tensor(values, dtype=torch.float64)
+        return float((t.mean() - want).abs() / (t.std() / len(t) ** 0.5))
+
+    assert off(sums, squares.sum()) < 4
+    assert off(norms, whole.square().sum()) < 4 < off(plain, whole.square().sum())
+    mean = torch.stack(means)
+    assert off(variances, mean.var(0).sum()) < 5  # of a variance that is itself estimated
+    assert ((mean.mean(0) - whole).abs() < 4 * mean.std(0) / len(mean) ** 0.5).all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_certificates_are_unbiased(causal: bool) -> None:
+    q, k, v, grad = inputs(2, 300, 4, 0.4, seed=3)
+    grad = 0.1 * grad + 1.0
+    head = Polynomial(2, scale=0.5, causal=causal)
+    approximate, exact = truth(head, q, k, v, grad)
+    given = {"out": approximate["output"], "gradients": (approximate["dQ"], approximate["dK"], approximate["dV"])}
+    generator = torch.Generator().manual_seed(0)
+    draws = [certify(head, q, k, v, grad=grad, generator=generator, **given) for _ in range(80)]
+    for name in exact:
+        squares = torch.tensor([estimates(c)[name][0] ** 2 for c in draws], dtype=torch.float64)
+        want = (approximate[name] - exact[name]).norm() ** 2 / approximate[name].norm() ** 2
+        assert abs(squares.mean() - want) < 4 * squares.std() / 80**0.5, name
+        assert squares.std() > 0, name
+    if causal:
+        return  # where the correction is offered in some draws only, those are not a fair sample
+    mean = torch.stack([c.gradients["dV"].correction for c in draws])
+    error = (mean.mean(0) - (exact["dV"] - approximate["dV"])).norm()
+    assert error < 2 * (mean.var(0).sum() / 80).sqrt()
+
+
+def test_the_control_variate_helps_where_it_is_offered() -> None:
+    """Offered for a biased factor, where it removes most of the error; not where the sampling noise exceeds the error."""
+    q, k, v, grad = inputs(1, 2000, 4, 0.4, seed=5)
+    head = Polynomial(1, scale=0.5, causal=False)
+    approximate, exact = truth(head, q, k, v, torch.ones_like(grad))
+    estimate = certify(head, q, k, v, grad=torch.ones_like(grad)).gradients["dK"]
+    assert estimate.correction is not None and estimate.residual is not None
+    before, after = (relative(approximate["dK"] + c, exact["dK"]) for c in (0.0, estimate.correction))
+    assert after < before / 2
+    expected = estimate.residual * float(approximate["dK"].norm() / exact["dK"].norm())
+    assert 0.5 < after / expected < 2
+    noise = certify(head, 0.5 * q / q.norm(dim=-1, keepdim=True), k, v, grad=grad).gradients["dV"]
+    assert noise.correction is None and noise.residual is None
+
+
+def coverage(heads: int, length: int) -> dict[str, tuple[int, float, float]]:
+    """Heads with a true error <= 3e-2: how many, the share that the limit covers, and the median limit over the truth."""
+    ratios: dict[str, list[float]] = {}
+    seed = 0
+    while len(ratios.get("output", ())) < heads:
+        seed += 1
+        generator = torch.Generator().manual_seed(seed)
+        draw = torch.rand(6, generator=generator).tolist()
+        dim = (4, 8, 16)[int(3 * draw[0])]
+        q, k, v, grad = inputs(1 + int(2 * draw[1]), length, dim, 10 ** (-1.5 + 1.2 * draw[2]), seed, torch.float32)
+        if draw[3] < 0.5:
+            grad = grad * torch.randn(*grad.shape[:2], 1, generator=generator).exp()  # tokens of unequal weight
+        if draw[4] < 0.5:
+            grad = grad + torch.randn(dim, generator=generator)  # a common direction
+        head = Polynomial(1 + int(4 * draw[5]), scale=dim**-0.5, causal=seed % 2 == 0)
+        approximate, exact = truth(head, q, k, v, grad)
+        if not 1e-5 < relative(approximate["output"], exact["output"]) <= 3e-2:
+            continue
+        given = (approximate["dQ"], approximate["dK"], approximate["dV"])
+        certificate = certify(head, q, k, v, out=approximate["output"], grad=grad, gradients=given, generator=generator)
+        for name, (_, upper) in estimates(certificate).items():
+            if (error := relative(approximate[name], exact[name])) <= 3e-2:
+                ratios.setdefault(name, []).append(upper / error)
+    values = {name: torch.tensor(r) for name, r in ratios.items()}
+    return {n: (len(r), float((r >= 1).float().mean()), float(r.median())) for n, r in values.items()}
+
+
+def test_limits_cover_the_truth() -> None:
+    found = coverage(30, 768)
+    assert set(found) == {"output", "dQ", "dK", "dV"}
+    for name, (count, covered, median) in found.items():
+        assert count >= 10 and covered >= 0.9 and median <= (1.3 if name in ("output", "dQ") else 2.0), (name, found)
+
+
+@pytest.mark.slow
+def test_limits_cover_the_truth_on_200_heads() -> None:
+    found = coverage(200, 2048)
+    print(found)
+    for name, (count, covered, median) in found.items():
+        assert count >= 80 and covered >= 0.95 and median <= (1.3 if name in ("output", "dQ") else 2.0), (name, found)
+
+
+def test_cost_is_bounded() -> None:
+    """At most 256 rows beside the replicates' exact top, never more than 2^21 logits at once; fewer rows of a short head."""
+
+    class Counting(Polynomial):
+        seen: list[int]
+
+        def weights(self, q: Tensor, at: Tensor, k: Tensor) -> Tensor:
+            self.seen.append(len(q))
+            return super().weights(q, at, k)
+
+    for length, most in ((40_000, 256), (800, 100)):
+        head = Counting(1, scale=0.5, causal=False)
+        head.seen = []
+        q, k, v, grad = inputs(1, length, 2, 0.1, seed=0, dtype=torch.float32)
+        certificate = certify(head, q, k, v, out=grad, grad=grad, gradients=(grad, grad[0], grad[0]))
+        assert most // 2 < certificate.rows == sum(head.seen) <= most
+        assert max(head.seen) * length <= 2**21
+    assert certify(head, q, k, v, out=grad, rows=64).rows == 64
+
+
+def test_failures_say_why() -> None:
+    q, k, v, grad = inputs(1, 200, 4, 5.0, seed=0)
+    failed = certify(Polynomial(1, scale=0.5, causal=True), q, k, v, grad=grad)
+    assert failed.reason is not None and "denominators are not positive and finite" in failed.reason
+    assert failed.error == failed.upper == math.inf and not failed.gradients and not failed.passes(1e3)
+    head, q = Polynomial(2, scale=0.5, causal=False), 0.01 * q
+    out, denominators = head(q, k, v)
+    denominators[0, 7] = math.nan
+    assert "1 of 200 denominators" in str(certify(head, q, k, v, out=out, denominators=denominators).reason)
+    out[0, 0, 0] = math.inf
+    assert certify(head, q, k, v, out=out).reason == "the approximate output is not finite"
+
+    class Broken(Polynomial):
+        def weights(self, q: Tensor, at: Tensor, k: Tensor) -> Tensor:
+            return super().weights(q, at, k) * math.nan
+
+    broken = Broken(2, scale=0.5, causal=False)
+    assert "not finite in dQ, dK, dV" in str(certify(broken, q, k, v, grad=grad).reason)
+
+
+def test_passes() -> None:
+    q, k, v, grad = inputs(1, 500, 4, 0.1, seed=0, dtype=torch.bfloat16)
+    certificate = certify(Polynomial(3, scale=0.5, causal=True), q, k, v, grad=grad)
+    worst = max(e.upper for e in certificate.gradients.values())
+    assert 0 < certificate.upper < worst < 1
+    assert certificate.passes(worst) and not certificate.passes(0.9 * worst)
+    assert certificate.passes(certificate.upper, worst) and not certificate.passes(0.9 * certificate.upper, worst)
+
+
+def test_bad_input_is_refused() -> None:
+    q, k, v, grad = inputs(1, 20, 4, 0.1, seed=0)
+    head = Polynomial(1, scale=0.5, causal=False)
+    for arguments, message in (
+        ((q[0], k, v), "of one length"),
+        ((q, k[:-1], v), "of one length"),
+        ((q, k, v[:-1]), "of one length"),
+        ((q, k * math.nan, v), "k is not finite"),
+    ):
+        with pytest.raises(AttentionError, match=message):
+            certify(head, *arguments)
+    for options, message in (
+        ({"grad": grad[:, :-1]}, "gradient is"),
+        ({"grad": grad / 0}, "grad is not finite"),
+        ({"rows": 10}, "at least 64 rows"),
+        ({"projections": {"o": Projection(q, Linear(k, None, k, v, 1.0))}}, "not o"),
+    ):
+        with pytest.raises(AttentionError, match=message):
+            certify(head, q, k, v, **options)
