@@ -27,7 +27,7 @@ _WIDTHS = (64, 128, 256, 512, 1024)
 _WIDEST = 8192
 # Hopeless candidates are told apart on a thinned head and few rows, at a cost that does not grow with the length.
 _SCREEN_TOKENS, _SCREEN_ROWS, _ROWS = 1024, 64, 256
-_HOPELESS = 4.0  # times the threshold there
+_HOPELESS = 1.5  # times the threshold there
 
 
 @dataclass(frozen=True)
