@@ -81,7 +81,7 @@ def mehler(width: int) -> Callable[[Preconditioner], Factor]:
     return lambda p: Mehler(p.spectrum, width)
 
 
-SMALL = {"taylor 2": taylor(2), "taylor 3": taylor(3), "mehler 969": mehler(969)}
+SMALL = {"taylor 2": taylor(2), "taylor 3": taylor(3), "mehler 969": mehler(969), "mehler 1400": mehler(1400)}
 ROWS = {
     "d=16, entries 0.5": Row(uniform, 16, 0.5, False, SMALL),
     "d=16, entries 0.5, causal": Row(uniform, 16, 0.5, True, SMALL),

@@ -239,6 +239,8 @@ def test_bad_input_is_refused() -> None:
     ):
         with pytest.raises(DataError, match=match):
             factored_attention(*bad, factor, causal=True)
+    with pytest.raises(DataError, match="at least one token"):
+        factored_attention(q, k, v, log_weight, factor, causal=True, chunk=-1)
 
 
 def test_series_of_the_oracle() -> None:

@@ -71,6 +71,30 @@ def test_kernel_over_many_chunks_is_the_dense_product() -> None:
     torch.testing.assert_close(factored_kernel(q, k, factor)[:2, :3], factored_kernel(q[:2], k[:3], factor))
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_half_precision_and_autocast(causal: bool) -> None:
+    """Half precision in and out, everything between in float32."""
+    half = [t.detach().bfloat16().requires_grad_() for t in head()]
+    a = approximation(half[0], half[1], causal)
+    wide = [t.detach().float().requires_grad_() for t in half]
+    want = a(*wide)[0]
+    pull = torch.randn_like(want)
+    grads = torch.autograd.grad(want, wide, pull)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, at = a(*wide)[0], torch.arange(5)
+        rows = a.weights(wide[0][0, :5], at, wide[1])
+        value = torch.autograd.grad(got, wide[2], pull, retain_graph=True)[0]
+    assert torch.equal(got, want) and torch.equal(value, grads[2])
+    assert torch.equal(rows, a.weights(wide[0][0, :5], at, wide[1]))
+    assert all(torch.equal(x, y) for x, y in zip(torch.autograd.grad(got, wide, pull), grads, strict=True))
+    out = a(*half)[0]
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, want.bfloat16())
+    for one, other in zip(torch.autograd.grad(out, half, pull.bfloat16()), grads, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert float((one.float() - other).norm() / other.norm()) < 3e-2
+
+
 def test_difficulty_is_the_norm_in_the_factors_coordinates() -> None:
     q, k, _ = head()
     a = approximation(q, k, causal=False)

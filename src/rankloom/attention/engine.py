@@ -36,13 +36,16 @@ def factored_attention(
     exact exponential, and only the state of the chunks before goes through the factor. The way back differentiates this
     very map: with ``dZ = [G, -G . out] / den`` the state's gradient is ``M phi(Q) dZ``, in the causal case summed over later
     chunks, and each set of features gets its gradient from it and pulls it back. Features are recomputed per chunk, never
-    stored: memory O(width (dim + d_v) + chunk^2) beside tensors of the inputs' own size; time O(L width (dim + d_v)).
+    stored: memory O(width (dim + d_v) + g chunk^2) beside tensors of the inputs' own size; time O(L width (dim + d_v)).
 
     ``q`` (g, L_q, dim) and ``k`` (L, dim) in the factor's coordinates, ``v`` (L, d_v), ``log_weight`` (L,): ``g`` query heads
     share the key head, whose features are computed once. Returns (g, L_q, d_v) in ``v``'s dtype and (g, L_q), which has no
-    gradient; features and state are float32 at least. Differentiable once. Raises ``DataError`` for shapes that do not match.
+    gradient; features and state are float32 at least, also under autocast. Differentiable once.
+    Raises ``DataError`` for shapes that do not match, or a chunk below 1.
     """
     _check(q, k, v, log_weight, factor, causal)
+    if chunk is not None and chunk < 1:
+        raise DataError(f"a chunk has at least one token, got {chunk}: leave it out for the engine's own length")
     chunk = chunk or default_chunk(factor, causal, q.element_size())
     heads = q if causal else q.reshape(1, -1, q.shape[-1])  # without a mask, heads are but more queries
     out, denominators = _Factored.apply(heads, k, v, log_weight, factor, causal, chunk)
@@ -235,7 +238,8 @@ class _Factored(torch.autograd.Function):
             denominators[:, a:b] = z[-1].view(len(q), -1)
             out[:, a:b] = z[:-1].div_(z[-1]).mT.view(len(q), b - a, -1)
 
-        state = (_forward_causal if causal else _forward)(head, normalise)
+        with torch.autocast(q.device.type, enabled=False):
+            state = (_forward_causal if causal else _forward)(head, normalise)
         ctx.save_for_backward(q, k, v, log_weight, out, denominators, state)
         ctx.rest = factor, chunk
         ctx.mark_non_differentiable(denominators)
@@ -262,8 +266,9 @@ class _Factored(torch.autograd.Function):
             dz[-1].neg_()
             return dz
 
-        if state is None:
-            _backward_causal(head, pull, sums)
-        else:
-            _backward(head, pull, sums, state)
+        with torch.autocast(grad.device.type, enabled=False):
+            if state is None:
+                _backward_causal(head, pull, sums)
+            else:
+                _backward(head, pull, sums, state)
         return *(None if s is None else s.to(t.dtype) for s, t in zip(sums, inputs, strict=True)), None, None, None

@@ -54,11 +54,12 @@ class Factored(Approximation):
                 f"got {tuple(q.shape)}, {tuple(at.shape)} and {tuple(k.shape)}"
             )
         queries, keys = self.preconditioner.queries(q), self.preconditioner.keys(k)
-        kernel = factored_kernel(queries, keys, self.factor)
-        if self.causal:
-            kernel = self._mask(kernel, queries, keys, at)
-        kernel = kernel * self.preconditioner.log_weights(k).exp()
-        return kernel / kernel.sum(-1, keepdim=True)
+        with torch.autocast(q.device.type, enabled=False):
+            kernel = factored_kernel(queries, keys, self.factor)
+            if self.causal:
+                kernel = self._mask(kernel, queries, keys, at)
+            kernel = kernel * self.preconditioner.log_weights(k).exp()
+            return kernel / kernel.sum(-1, keepdim=True)
 
     def _mask(self, kernel: Tensor, queries: Tensor, keys: Tensor, at: Tensor) -> Tensor:
         """0 after the query, exact where query and key share a chunk."""

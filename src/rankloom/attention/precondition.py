@@ -69,8 +69,7 @@ class Preconditioner:
 
     def log_weights(self, k: Tensor) -> Tensor:
         """``lw`` of the keys ``k`` (L, d), shifted so that the largest is 0: (L,)."""
-        k = _wide(k)
-        shifted = (k - self.key_mean.to(k)) @ (self.scale * self.query_mean).to(k)
+        shifted = _apply(k, self.key_mean, self.scale * self.query_mean)
         return shifted - shifted.detach().amax()
 
 
@@ -87,10 +86,8 @@ def _root(centred: Tensor) -> Tensor:
     return torch.linalg.cholesky(damped(damped(covariance, 1e-12, relative=True), 1e-30))
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _apply(x: Tensor, mean: Tensor, matrix: Tensor) -> Tensor:
-    x = _wide(x)
-    return (x - mean.to(x)) @ matrix.to(x)
+    """``(x - mean) @ matrix`` in float32 at least, also under autocast: half precision would be the largest error of all."""
+    x = x if x.dtype == torch.float64 else x.float()
+    with torch.autocast(x.device.type, enabled=False):
+        return (x - mean.to(x)) @ matrix.to(x)

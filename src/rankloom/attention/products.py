@@ -20,14 +20,14 @@ Monomial = tuple[int, ...]
 
 
 class _Level(NamedTuple):
-    """The products of one degree: ``phi[rows] = y[variables] phi[parents]``, less ``powers phi[before]`` at ``repeated``."""
+    """The products of one degree: ``phi[rows] = y[variables] phi[parents]``, plus ``less phi[before]`` at ``repeated``."""
 
     rows: slice
     parents: Tensor
     variables: Tensor
     repeated: Tensor
     before: Tensor
-    powers: Tensor
+    less: Tensor
 
 
 class Products:
@@ -48,38 +48,38 @@ class Products:
         """``phi`` (width, n) of ``y`` (dim, n), from ``seed`` (n,) or a number as the feature of the empty product."""
         phi = y.new_empty(len(self.monomials), y.shape[1])
         phi[0] = seed
-        for rows, parents, variables, repeated, before, powers in self._on(y):
+        for rows, parents, variables, repeated, before, less in self._on(y):
             level = phi[rows]
             torch.index_select(phi[: rows.start], 0, parents, out=level)
             level *= y.index_select(0, variables)
             if len(repeated):
-                level.index_add_(0, repeated, phi.index_select(0, before).mul_(powers), alpha=-1)
+                level.index_add_(0, repeated, phi.index_select(0, before).mul_(less))
         return phi
 
     def pull_back(self, y: Tensor, phi: Tensor, grad: Tensor) -> Tensor:
         """The gradient in ``y``; ``grad`` (width, n) is used up, its first row ends as the gradient in the seed."""
         out = torch.zeros_like(y)
-        for rows, parents, variables, repeated, before, powers in reversed(self._on(y)):
+        for rows, parents, variables, repeated, before, less in reversed(self._on(y)):
             level = grad[rows]
             out.index_add_(0, variables, phi.index_select(0, parents).mul_(level))
             if len(repeated):
-                grad.index_add_(0, before, level.index_select(0, repeated).mul_(powers), alpha=-1)
+                grad.index_add_(0, before, level.index_select(0, repeated).mul_(less))
             grad.index_add_(0, parents, y.index_select(0, variables).mul_(level))
         return out
 
     def _on(self, y: Tensor) -> list[_Level]:
         """The levels on ``y``'s device, in its precision."""
-        if self._levels and (self._levels[0].powers.dtype, self._levels[0].parents.device) != (y.dtype, y.device):
+        if self._levels and (self._levels[0].less.dtype, self._levels[0].parents.device) != (y.dtype, y.device):
             self._levels = [
-                _Level._make([rows, *(t.to(y.device) for t in indices), powers.to(y)])
-                for rows, *indices, powers in self._levels
+                _Level._make([rows, *(t.to(y.device) for t in indices), less.to(y)])
+                for rows, *indices, less in self._levels
             ]
         return self._levels
 
 
 def _level(level: list[Monomial], row: dict[Monomial, int], hermite: bool) -> _Level:
-    repeats = [(i, row[m[:-2]], m.count(m[-1]) - 1) for i, m in enumerate(level) if hermite and m[-2:-1] == m[-1:]]
-    repeated, before, powers = zip(*repeats, strict=True) if repeats else ((), (), ())
+    repeats = [(i, row[m[:-2]], 1 - m.count(m[-1])) for i, m in enumerate(level) if hermite and m[-2:-1] == m[-1:]]
+    repeated, before, less = zip(*repeats, strict=True) if repeats else ((), (), ())
     first = row[level[0]]
     return _Level(
         slice(first, first + len(level)),
@@ -87,7 +87,7 @@ def _level(level: list[Monomial], row: dict[Monomial, int], hermite: bool) -> _L
         torch.tensor([m[-1] for m in level]),
         torch.tensor(repeated, dtype=torch.long),
         torch.tensor(before, dtype=torch.long),
-        torch.tensor(powers, dtype=torch.float64)[:, None],
+        torch.tensor(less, dtype=torch.float64)[:, None],
     )
 
 
