@@ -225,6 +225,20 @@ def test_half_precision_in_and_out(causal: bool) -> None:
         assert all(t.grad is not None and t.grad.dtype == torch.bfloat16 for t in leaves)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_autocast_changes_nothing(causal: bool) -> None:
+    """Neither the output, nor its gradients, nor the dense rows."""
+    q, k, v = (t.float().requires_grad_() for t in head(45, 2))
+    for part in (windowed(q, k, causal, share=0.1), *([] if causal else [block_exact(q, k, share=0.1)])):
+        seen = []
+        for on in (False, True):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+                out = part(q, k, v)[0]
+                rows = part.weights(q[0], torch.arange(45), k)
+            seen.append([out, rows, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+        assert all(a.equal(b) for a, b in zip(*seen, strict=True))
+
+
 class Largest(TorchDispatchMode):
     """Keeps the number of elements of the largest tensor that any operation makes."""
 

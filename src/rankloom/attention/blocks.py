@@ -40,20 +40,22 @@ class _NearAndFar(Approximation):
                 f"attention takes queries (g, L, d), keys (L, d) and values (L, d_v), got {tuple(q.shape)}, "
                 f"{tuple(k.shape)} and {tuple(v.shape)}: pass one key head with its g query heads"
             )
-        rows, keys, log_weight = self._coordinates(q, k)
-        u = torch.cat([v.to(keys), torch.ones_like(keys[:, :1])], 1) * log_weight.exp()[:, None]
-        z = self._sums(rows, keys, u, log_weight.detach(), self._shared(k))
+        with torch.autocast(q.device.type, enabled=False):
+            rows, keys, log_weight = self._coordinates(q, k)
+            u = torch.cat([v.to(keys), torch.ones_like(keys[:, :1])], 1) * log_weight.exp()[:, None]
+            z = self._sums(rows, keys, u, log_weight.detach(), self._shared(k))
         return (z[..., :-1] / z[..., -1:]).to(v.dtype), z[..., -1].detach()
 
     def weights(self, q: Tensor, at: Tensor, k: Tensor) -> Tensor:
-        rows, keys, log_weight = self._coordinates(q, k)
-        shared = self._shared(k)
-        near = self._near(rows.detach(), at, keys.detach(), log_weight.detach(), shared) | shared
-        kernel = torch.where(near, (rows @ keys.mT).exp(), factored_kernel(rows, keys, self.factor))
-        if self.causal:
-            kernel = kernel.masked_fill(torch.arange(len(keys), device=at.device) > at[:, None], 0.0)
-        kernel = kernel * log_weight.exp()
-        return kernel / kernel.sum(1, keepdim=True)
+        with torch.autocast(q.device.type, enabled=False):
+            rows, keys, log_weight = self._coordinates(q, k)
+            shared = self._shared(k)
+            near = self._near(rows.detach(), at, keys.detach(), log_weight.detach(), shared) | shared
+            kernel = torch.where(near, (rows @ keys.mT).exp(), factored_kernel(rows, keys, self.factor))
+            if self.causal:
+                kernel = kernel.masked_fill(torch.arange(len(keys), device=at.device) > at[:, None], 0.0)
+            kernel = kernel * log_weight.exp()
+            return kernel / kernel.sum(1, keepdim=True)
 
     def difficulty(self, q: Tensor) -> Tensor:
         return self._far.difficulty(q)

@@ -23,9 +23,10 @@ def heaviness(preconditioner: Preconditioner, k: Tensor) -> Tensor:
     deviation 1.5 and more, a few percent of the keys hold most of what a factor gets wrong.
     """
     fitted, keys = preconditioner, preconditioner.keys(k.detach())
-    log_weight = (k.detach().to(keys) - fitted.key_mean.to(keys)) @ (fitted.scale * fitted.query_mean).to(keys)
     spectrum = fitted.spectrum
-    return log_weight + keys.square() @ (spectrum / (1 + 2 * spectrum.square())).to(keys)
+    with torch.autocast(k.device.type, enabled=False):
+        log_weight = (k.detach().to(keys) - fitted.key_mean.to(keys)) @ (fitted.scale * fitted.query_mean).to(keys)
+        return log_weight + keys.square() @ (spectrum / (1 + 2 * spectrum.square())).to(keys)
 
 
 def heavy_threshold(preconditioner: Preconditioner, k: Tensor, share: float) -> float:

@@ -113,40 +113,46 @@ class _Sums(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         q, k, u, total = ctx.saved_tensors
-        factor, plan = ctx.factor, ctx.plan
-        dq, dk, du = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(u)
-        total_back = None if total is None else torch.zeros_like(total)
-        past = _far(plan.near, lambda b: _state(factor, k, u, plan.blocks[b]), total, factor)
-        for segment, far in enumerate(past):
-            rows = slice(*plan.segments[segment])
-            near_k, near_u = plan.near_rows(segment, k), plan.near_rows(segment, u)
-            kernel = plan.kernel(segment, q[rows], near_k)
-            slopes = (dz[rows] @ near_u.mT).mul_(kernel)
-            torch.mm(slopes, near_k, out=dq[rows])
-            count, span = plan.shared[segment], slice(*plan.near_span(segment))
-            for out, part in ((dk, slopes.mT @ q[rows]), (du, kernel.mT @ dz[rows])):
-                out[:count] += part[:count]
-                out[span] += part[count:]
-            if far is not None:
-                x = columns(q[rows])
-                features = factor.features(x)
-                if total_back is not None:
-                    total_back.addmm_(features, dz[rows])
-                dq[rows] += factor.pull_back(x, features, far @ dz[rows].mT).mT
-        # From a block's side near and far change places with a segment's; in causal order they also run backwards.
-        blocks, near, last = range(len(plan.blocks)), plan.near_segments(), len(plan.segments) - 1
-        if plan.positions is not None:
-            blocks, near = blocks[::-1], [range(last - r[-1], last + 1 - r[0]) for r in reversed(near)]
-        order = range(last, -1, -1) if plan.positions is not None else range(last + 1)
-        future = _far(near, lambda c: _state(factor, q, dz, plan.segments[order[c]]), total_back, factor)
-        for block, far in zip(blocks, future, strict=True):
-            if far is not None:
-                rows = slice(*plan.blocks[block])
-                x = columns(k[rows])
-                features = factor.features(x)
-                du[rows].addmm_(features.mT, far)
-                dk[rows] += factor.pull_back(x, features, far @ u[rows].mT).mT
-        return dq, dk, du, None, None
+        with torch.autocast(dz.device.type, enabled=False):
+            return *_gradients(q, k, u, total, dz, ctx.factor, ctx.plan), None, None
+
+
+def _gradients(
+    q: Tensor, k: Tensor, u: Tensor, total: Tensor | None, dz: Tensor, factor: Factor, plan: Plan
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, du = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(u)
+    total_back = None if total is None else torch.zeros_like(total)
+    past = _far(plan.near, lambda b: _state(factor, k, u, plan.blocks[b]), total, factor)
+    for segment, far in enumerate(past):
+        rows = slice(*plan.segments[segment])
+        near_k, near_u = plan.near_rows(segment, k), plan.near_rows(segment, u)
+        kernel = plan.kernel(segment, q[rows], near_k)
+        slopes = (dz[rows] @ near_u.mT).mul_(kernel)
+        torch.mm(slopes, near_k, out=dq[rows])
+        count, span = plan.shared[segment], slice(*plan.near_span(segment))
+        for out, part in ((dk, slopes.mT @ q[rows]), (du, kernel.mT @ dz[rows])):
+            out[:count] += part[:count]
+            out[span] += part[count:]
+        if far is not None:
+            x = columns(q[rows])
+            features = factor.features(x)
+            if total_back is not None:
+                total_back.addmm_(features, dz[rows])
+            dq[rows] += factor.pull_back(x, features, far @ dz[rows].mT).mT
+    # From a block's side near and far change places with a segment's; in causal order they also run backwards.
+    blocks, near, last = range(len(plan.blocks)), plan.near_segments(), len(plan.segments) - 1
+    if plan.positions is not None:
+        blocks, near = blocks[::-1], [range(last - r[-1], last + 1 - r[0]) for r in reversed(near)]
+    order = range(last, -1, -1) if plan.positions is not None else range(last + 1)
+    future = _far(near, lambda c: _state(factor, q, dz, plan.segments[order[c]]), total_back, factor)
+    for block, far in zip(blocks, future, strict=True):
+        if far is not None:
+            rows = slice(*plan.blocks[block])
+            x = columns(k[rows])
+            features = factor.features(x)
+            du[rows].addmm_(features.mT, far)
+            dk[rows] += factor.pull_back(x, features, far @ u[rows].mT).mT
+    return dq, dk, du
 
 
 def columns(rows: Tensor) -> Tensor:
