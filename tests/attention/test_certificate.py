@@ -11,6 +11,9 @@ from torch import Tensor
 
 from rankloom.attention.certificate import Certificate, certify
 from rankloom.attention.contract import Approximation
+from rankloom.attention.factored import Factored
+from rankloom.attention.polynomial import Isotropic
+from rankloom.attention.precondition import Preconditioner
 from rankloom.attention.projection import Projection
 from rankloom.attention.strata import stratify, sum_of_rows, total
 from rankloom.errors import AttentionError
@@ -218,17 +221,17 @@ def test_certificates_are_unbiased(causal: bool) -> None:
     approximate, exact = truth(head, q, k, v, grad)
     given = {"out": approximate["output"], "gradients": (approximate["dQ"], approximate["dK"], approximate["dV"])}
     generator = torch.Generator().manual_seed(0)
-    draws = [certify(head, q, k, v, grad=grad, generator=generator, **given) for _ in range(80)]
+    draws = [certify(head, q, k, v, grad=grad, generator=generator, **given) for _ in range(60)]
     for name in exact:
         squares = torch.tensor([estimates(c)[name][0] ** 2 for c in draws], dtype=torch.float64)
         want = (approximate[name] - exact[name]).norm() ** 2 / approximate[name].norm() ** 2
-        assert abs(squares.mean() - want) < 4 * squares.std() / 80**0.5, name
+        assert abs(squares.mean() - want) < 4 * squares.std() / 60**0.5, name
         assert squares.std() > 0, name
     if causal:
         return  # where the correction is offered in some draws only, those are not a fair sample
     mean = torch.stack([c.gradients["dV"].correction for c in draws])
     error = (mean.mean(0) - (exact["dV"] - approximate["dV"])).norm()
-    assert error < 2 * (mean.var(0).sum() / 80).sqrt()
+    assert error < 2 * (mean.var(0).sum() / 60).sqrt()
 
 
 def test_the_control_variate_helps_where_it_is_offered() -> None:
@@ -236,7 +239,7 @@ def test_the_control_variate_helps_where_it_is_offered() -> None:
     q, k, v, grad = inputs(1, 2000, 4, 0.4, seed=5)
     head = Polynomial(1, scale=0.5, causal=False)
     approximate, exact = truth(head, q, k, v, torch.ones_like(grad))
-    estimate = certify(head, q, k, v, grad=torch.ones_like(grad)).gradients["dK"]
+    estimate = certify(head, q, k, v, grad=torch.ones_like(grad), rows=256).gradients["dK"]
     assert estimate.correction is not None and estimate.residual is not None
     before, after = (relative(approximate["dK"] + c, exact["dK"]) for c in (0.0, estimate.correction))
     assert after < before / 2
@@ -246,7 +249,7 @@ def test_the_control_variate_helps_where_it_is_offered() -> None:
     assert noise.correction is None and noise.residual is None
 
 
-def coverage(heads: int, length: int) -> dict[str, tuple[int, float, float]]:
+def coverage(heads: int, length: int, rows: int) -> dict[str, tuple[int, float, float]]:
     """Heads with a true error <= 3e-2: how many, the share that the limit covers, and the median limit over the truth."""
     ratios: dict[str, list[float]] = {}
     seed = 0
@@ -265,7 +268,9 @@ def coverage(heads: int, length: int) -> dict[str, tuple[int, float, float]]:
         if not 1e-5 < relative(approximate["output"], exact["output"]) <= 3e-2:
             continue
         given = (approximate["dQ"], approximate["dK"], approximate["dV"])
-        certificate = certify(head, q, k, v, out=approximate["output"], grad=grad, gradients=given, generator=generator)
+        certificate = certify(
+            head, q, k, v, out=approximate["output"], grad=grad, gradients=given, rows=rows, generator=generator
+        )
         for name, (_, upper) in estimates(certificate).items():
             if (error := relative(approximate[name], exact[name])) <= 3e-2:
                 ratios.setdefault(name, []).append(upper / error)
@@ -274,7 +279,7 @@ def coverage(heads: int, length: int) -> dict[str, tuple[int, float, float]]:
 
 
 def test_limits_cover_the_truth() -> None:
-    found = coverage(30, 768)
+    found = coverage(24, 768, 128)
     assert set(found) == {"output", "dQ", "dK", "dV"}
     for name, (count, covered, median) in found.items():
         assert count >= 10 and covered >= 0.9 and median <= (1.3 if name in ("output", "dQ") else 2.0), (name, found)
@@ -282,14 +287,14 @@ def test_limits_cover_the_truth() -> None:
 
 @pytest.mark.slow
 def test_limits_cover_the_truth_on_200_heads() -> None:
-    found = coverage(200, 2048)
+    found = coverage(200, 2048, 256)
     print(found)
     for name, (count, covered, median) in found.items():
         assert count >= 80 and covered >= 0.95 and median <= (1.3 if name in ("output", "dQ") else 2.0), (name, found)
 
 
 def test_cost_is_bounded() -> None:
-    """At most 256 rows beside the replicates' exact top, never more than 2^21 logits at once; fewer rows of a short head."""
+    """By default one row in 256, between 64 and 256, and never more than 2^21 logits at once."""
 
     class Counting(Polynomial):
         seen: list[int]
@@ -298,14 +303,14 @@ def test_cost_is_bounded() -> None:
             self.seen.append(len(q))
             return super().weights(q, at, k)
 
-    for length, most in ((40_000, 256), (800, 100)):
+    for length, most in ((70_000, 256), (40_000, 156), (800, 64)):
         head = Counting(1, scale=0.5, causal=False)
         head.seen = []
         q, k, v, grad = inputs(1, length, 2, 0.1, seed=0, dtype=torch.float32)
         certificate = certify(head, q, k, v, out=grad, grad=grad, gradients=(grad, grad[0], grad[0]))
-        assert most // 2 < certificate.rows == sum(head.seen) <= most
+        assert most - 32 <= certificate.rows == sum(head.seen) <= most
         assert max(head.seen) * length <= 2**21
-    assert certify(head, q, k, v, out=grad, rows=64).rows == 64
+    assert certify(head, q, k, v, out=grad, rows=256).rows == 192  # three quarters: too short for a third stratum
 
 
 def test_failures_say_why() -> None:
@@ -326,6 +331,33 @@ def test_failures_say_why() -> None:
 
     broken = Broken(2, scale=0.5, causal=False)
     assert "not finite in dQ, dK, dV" in str(certify(broken, q, k, v, grad=grad).reason)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_factored_head(causal: bool) -> None:
+    """Its rows, a polynomial of the logits without features, are those of the engine: all of them give the error itself."""
+    q, k, v, grad = inputs(2, 150, 3, 0.3, seed=0)
+    preconditioner = Preconditioner.fit(q.flatten(0, 1), k, 0.5)
+    head = Factored(preconditioner, Isotropic(3, 3), scale=0.5, causal=causal, chunk=32)
+    exact = backward(Exact(0, scale=0.5, causal=causal), q, k, v, grad)
+    approximate = backward(head, q, k, v, grad)
+    for name, (error, _) in estimates(certify(head, q, k, v, grad=grad, rows=300)).items():
+        want = float((approximate[name] - exact[name]).norm() / approximate[name].norm())
+        assert want > 1e-4 and error == pytest.approx(want, rel=1e-8), name
+
+
+@pytest.mark.parametrize("series", ["taylor", "chebyshev"])
+def test_a_polynomial_of_the_logits_is_its_factor(series: str) -> None:
+    factor = Isotropic(3, 4, series, 2.0)
+    x, y = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 7, dtype=torch.float64)
+    phi, mixed = factor.features(y), factor.mix(factor.features(x))
+    leaf = y.clone().requires_grad_()
+    got = factor.kernel(x.mT @ leaf)
+    torch.testing.assert_close(got, mixed.mT @ phi, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(factor.kernel(x.mT @ y), got.detach())
+    pull = torch.randn_like(got)
+    want = factor.pull_back(y, phi, mixed @ pull)
+    torch.testing.assert_close(torch.autograd.grad(got, leaf, pull)[0], want, rtol=1e-10, atol=1e-10)
 
 
 def test_passes() -> None:

@@ -37,7 +37,7 @@ from rankloom.errors import AttentionError
 
 __all__ = ["Certificate", "Estimate", "certify"]
 
-_SHARE = 8  # at most one row in so many: a certificate has to stay cheap beside the exact step of a short sequence too
+_ROWS, _SHARE = 256, 256  # by default one row in so many, and no more than 256
 _LOGITS = 2**21  # rows x L at once
 
 
@@ -86,7 +86,7 @@ def certify(
     grad: Tensor | None = None,
     gradients: tuple[Tensor, Tensor, Tensor] | None = None,
     projections: Mapping[str, Projection] | None = None,
-    rows: int = 256,
+    rows: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Certificate:
     """The error of ``approximation`` on ``q`` (g, L, d), ``k`` (L, d), ``v`` (L, d_v), against exact attention.
@@ -95,8 +95,9 @@ def certify(
     ``grad`` (g, L, d_v); what is not given is computed. With ``grad`` the gradients are estimated as well: dQ, dK, dV, or with
     ``projections`` for any of ``q, k, v`` the ``dA_n`` and ``dB_n`` of those.
 
-    ``rows`` is cut to ``g L / 8``, though never below 64; up to that many rows a head is computed exactly. Half precision is
-    certified in float32. Time ``O(rows L d)`` plus the dense rows of the approximation; memory ``O(2^21 + L (d + d_v))``.
+    ``rows`` are by default ``g L / 256``, at least 64 and at most 256; a head that has no more than ``rows`` is computed exactly.
+    Half precision is certified in float32. Time ``O(rows L d)`` plus the approximation's own dense rows; memory
+    ``O(2^21 + L (d + d_v))``.
 
     The certificate fails, with a reason, where a denominator is not positive or anything is not finite. Raises
     :class:`AttentionError` for shapes that do not fit, ``q, k, v, grad`` that are not finite, and ``rows < 64``.
@@ -118,7 +119,7 @@ def certify(
         return Certificate(math.inf, math.inf, reason=reason)
 
     count = q.shape[0] * q.shape[1]
-    sample = stratify(_difficulty(approximation, q, grad), max(FEWEST, min(rows, count // _SHARE)), generator)
+    sample = stratify(_difficulty(approximation, q, grad), rows or max(FEWEST, min(_ROWS, count // _SHARE)), generator)
     head = _Head(approximation, q, k, v, known["output"], grad, projections or {})
     top, sums = head.differences(sample.top, torch.ones_like(sample.top, dtype=q.dtype))
     replicates = {name: t.repeat(max(1, len(sample.drawn)), *[1] * t.ndim) for name, t in sums.items()}
@@ -194,7 +195,7 @@ class _Head:
         return squares, self.sums(by_head, dk, dv, at)
 
     def _exact(self, q: Tensor, at: Tensor, k: Tensor) -> Tensor:
-        logits = self.approximation.scale * (q @ k.mT)
+        logits = (self.approximation.scale * q) @ k.mT
         if self.approximation.causal:
             logits = logits.masked_fill(torch.arange(self.length, device=k.device) > at[:, None], -math.inf)
         return logits.softmax(-1)
@@ -241,7 +242,7 @@ def _invalid(known: Mapping[str, Tensor], denominators: Tensor | None) -> str | 
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, grad: Tensor | None, projections: Mapping[str, Projection] | None, rows: int
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor | None, projections: Mapping[str, Projection] | None, rows: int | None
 ) -> None:
     if q.ndim != 3 or k.shape != q.shape[1:] or v.ndim != 2 or len(v) != len(k):
         shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
@@ -250,7 +251,7 @@ def _check(
         raise AttentionError(f"the output's gradient is {(*q.shape[:2], v.shape[1])}, not {tuple(grad.shape)}")
     if unknown := set(projections or ()) - {"q", "k", "v"}:
         raise AttentionError(f"projections are named q, k and v, not {', '.join(sorted(unknown))}")
-    if rows < FEWEST:
+    if rows is not None and rows < FEWEST:
         raise AttentionError(f"a certificate needs at least {FEWEST} rows, not {rows}")
     for name, t in {"q": q, "k": k, "v": v, "grad": grad}.items():
         if t is not None and not t.isfinite().all():

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from rankloom.attention.contract import Approximation, Factor
 from rankloom.attention.engine import default_chunk, factored_attention
+from rankloom.attention.polynomial import Isotropic
 from rankloom.attention.precondition import Preconditioner
 from rankloom.errors import CompositionError, DataError
 
@@ -106,5 +107,7 @@ class _Kernel(torch.autograd.Function):
 
 def factored_kernel(q: Tensor, k: Tensor, factor: Factor) -> Tensor:
     """``phi(q)^T M phi(k)`` densely, (m, L), for a few queries ``q`` (m, dim) and many keys ``k`` (L, dim), differentiable."""
+    if isinstance(factor, Isotropic):
+        return factor.kernel(q @ k.mT)
     out: Tensor = _Kernel.apply(q, k, factor)
     return out

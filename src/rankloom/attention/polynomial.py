@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.polynomial import Chebyshev, Polynomial
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rankloom.attention.contract import Factor
 from rankloom.attention.products import (
@@ -70,6 +72,25 @@ class _Monomials(Factor):
         return state * self._weights.to(state)
 
 
+class _Series(torch.autograd.Function):
+    """``sum_j a_j s^j`` by Horner's rule, with its derivative alongside."""
+
+    @staticmethod
+    def forward(ctx: Any, s: Tensor, series: Sequence[float]) -> Tensor:
+        value, slope = torch.full_like(s, series[-1]), torch.zeros_like(s)
+        for a in reversed(series[:-1]):
+            if ctx.needs_input_grad[0]:
+                slope.mul_(s).add_(value)
+            value.mul_(s).add_(a)
+        ctx.save_for_backward(slope)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.saved_tensors[0], None
+
+
 class Isotropic(_Monomials):
     """All monomials up to a degree ``g``: ``p_g(q . k)`` exactly, width ``C(dim + g, g)``; see :func:`exponential_series`."""
 
@@ -77,6 +98,11 @@ class Isotropic(_Monomials):
         self.series = exponential_series(degree, coefficients, radius)
         self.coefficients, self.radius = coefficients, radius
         super().__init__(dim, all_monomials(dim, degree), self.series)
+
+    def kernel(self, logits: Tensor) -> Tensor:
+        """``p(logits)`` without features: what dense rows of attention need. Differentiable once."""
+        value: Tensor = _Series.apply(logits, self.series)
+        return value
 
     def bound(self, radius: float) -> float:
         """An upper bound of ``|p(s) / exp(s) - 1|`` over ``|s| <= radius``; above the fitted radius infinite for Chebyshev.
