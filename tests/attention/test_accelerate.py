@@ -14,13 +14,12 @@ import rankloom
 from rankloom import methods
 from rankloom.attention import accelerate, heads
 from rankloom.attention.accelerate import AcceleratedAttention, accelerate_attention
-from rankloom.attention.cost import CostModel
+from rankloom.attention.cost import KINDS, CostModel
 from rankloom.errors import AttentionError
 from tests import zoo
 
 LENGTH = 96
 EPS = 1e-2
-KINDS = ("isotropic", "anisotropic", "nystrom")
 # Wider factors are slower, all kinds alike, and those of up to 2.7 features a token faster than exact attention.
 CHEAP = CostModel((0.0, 2.7e-3), dict.fromkeys(KINDS, ((1, 0.0, 1e-3), (10_000, 0.0, 10.0))))
 

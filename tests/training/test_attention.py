@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 
 from rankloom.attention import accelerate
-from rankloom.attention.cost import CostModel
+from rankloom.attention.cost import KINDS, CostModel
 from rankloom.errors import RankloomError, RecipeError
 from rankloom.training.config import Attention, Limits, load_config
 from tests import tiny
 from tests.training.test_run import adapter, cut_back, events, run, same
 
-KINDS = ("isotropic", "anisotropic", "nystrom")
 SETTINGS = {"limits": {"eps": 1e-2, "refresh": 5, "min_length": 8}}
 
 

@@ -15,17 +15,19 @@ from rankloom.attention.certificate import certify
 from rankloom.attention.contract import Factor
 from rankloom.attention.cost import CostModel, Kind
 from rankloom.attention.factored import Factored
+from rankloom.attention.mehler import Mehler
 from rankloom.attention.nystrom import Nystrom
 from rankloom.attention.polynomial import Anisotropic, Isotropic
 from rankloom.attention.precondition import Preconditioner
 
 __all__ = ["Fit", "Sample", "fit"]
 
+_CUT: dict[Kind, type[Anisotropic] | type[Mehler]] = {"mehler": Mehler, "anisotropic": Anisotropic}
 _WIDTHS = (64, 128, 256, 512, 1024)
 _WIDEST = 8192
 # Hopeless candidates are told apart on a thinned head and few rows, at a cost that does not grow with the length.
 _SCREEN_TOKENS, _SCREEN_ROWS, _ROWS = 1024, 64, 256
-_HOPELESS = 4.0  # times the threshold there
+_HOPELESS = 1.5  # times the threshold there
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def fit(
 def _candidates(dim: int, keys: int, length: int, cost: CostModel) -> list[tuple[float, Kind, int, int]]:
     """Predicted seconds, kind, size (degree or width) and width of every factor worth its certificate, fastest first."""
     found: list[tuple[Kind, int, int]] = [("isotropic", g, comb(dim + g, g)) for g in range(1, 13)]
-    found += [("anisotropic", width, width) for width in _WIDTHS]
+    found += [(kind, width, width) for kind in _CUT for width in _WIDTHS]
     found += [("nystrom", width, width) for width in _WIDTHS if 4 * width <= keys]
     timed = [
         (cost.approximate(length, width, kind), kind, size, width) for kind, size, width in found if width <= _WIDEST
@@ -143,18 +145,18 @@ def _build(kind: Kind, size: int | Tensor, preconditioner: Preconditioner) -> Fa
     """A factor by its degree, width or landmarks."""
     if isinstance(size, Tensor):
         return Nystrom(size)
-    return (
-        Isotropic(len(preconditioner.spectrum), size)
-        if kind == "isotropic"
-        else Anisotropic(preconditioner.spectrum, size)
-    )
+    if kind in _CUT:
+        return _CUT[kind](preconditioner.spectrum, size)
+    return Isotropic(len(preconditioner.spectrum), size)
 
 
 def _description(factor: Factor) -> tuple[Kind, int | Tensor]:
     """What :func:`_build` makes the same factor from."""
     if isinstance(factor, Nystrom):
         return "nystrom", factor.landmarks
-    return ("isotropic", factor.degree) if isinstance(factor, Isotropic) else ("anisotropic", factor.width)
+    if isinstance(factor, Isotropic):
+        return "isotropic", factor.degree
+    return next(kind for kind, cut in _CUT.items() if isinstance(factor, cut)), factor.width
 
 
 def _errors(
