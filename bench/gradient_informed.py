@@ -73,6 +73,7 @@ METHODS = {
     "lora-one": Method("lora-one"),
     "lora-ga": Method("lora-ga", shift=-1),
     "lora-sb": Method("lora-sb", shift=1),
+    "lora r=32": Method("lora", (("adapter.rank", 32), ("adapter.alpha", 64.0))),  # LoRA-SB's rank: what its cores save
     "pissa": Method("pissa", shift=-1),
     "rslora": Method("rslora"),
     "lora-plus": Method("lora-plus", shift=-1),
