@@ -15,16 +15,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from common import interleaved, provenance, ratios, table, write
-from step_overhead import KEEP_MEMORY, LINEARS, build
+from common import interleaved, provenance, ratios, steady_memory, table, write
+from step_overhead import LINEARS, build
 
 PLAIN = "lora (adamw)"
 PEER = "peft riemannian"
@@ -101,8 +99,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    if not KEEP_MEMORY.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
+    steady_memory()
     result: dict[str, Any] = {"provenance": provenance(), "rank": args.rank, "step": {}, "update": {}}
     for layers in args.layers:
         for dtype in args.dtype:

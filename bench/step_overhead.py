@@ -11,7 +11,8 @@ multiplication forward, and backward the gain's gradient and another multiplicat
 The frozen limit is the bare model's forward pass and the backward pass to its inputs. A step is forward, backward and
 AdamW, 4 x 256 tokens, dropout off. CPU seconds of one thread, variants in turn, medians. For the timing the C library is
 told to keep freed memory, for all variants alike: otherwise page faults, which depend on what ran before, add up to a tenth
-to whichever variant they hit. Memory is the peak resident set of one step (the second, so that optimizer state exists) in a
+to whichever variant they hit; and to ask for huge pages (``--pages small``: not to), because over 4 KiB pages the 30 layers'
+heap costs every variant 2-4 % of address translation, by where its tensors happen to lie. Memory is the peak resident set of one step (the second, so that optimizer state exists) in a
 process of its own, with the library's defaults. A run with ``--layers``, ``--dtype`` or ``--no-memory`` replaces its own part
 of an earlier result and keeps the rest.
 
@@ -23,7 +24,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import subprocess
 import sys
 import warnings
@@ -32,7 +32,18 @@ from typing import Any
 
 import torch
 
-from common import earlier, interleaved, peak_mb, provenance, ratios, reset_peak, table, write
+from common import (
+    earlier,
+    interleaved,
+    peak_mb,
+    plain_environment,
+    provenance,
+    ratios,
+    reset_peak,
+    steady_memory,
+    table,
+    write,
+)
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VARIANTS = [
@@ -45,9 +56,6 @@ VARIANTS = [
     "rankloom dora",
     "peft dora",
 ]
-
-
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 
 
 def build(layers: int, dtype: torch.dtype) -> torch.nn.Module:
@@ -188,8 +196,7 @@ def memory(layers: int, dtype: str, variants: list[str]) -> dict[str, float]:
     peaks = {}
     for variant in [variant for variant in variants if not variant.endswith("products")]:
         command = [sys.executable, __file__, "--child", variant, "--layers", str(layers), "--dtype", dtype]
-        plain = {key: value for key, value in os.environ.items() if key not in KEEP_MEMORY}
-        output = subprocess.run(command, check=True, capture_output=True, text=True, env=plain).stdout
+        output = subprocess.run(command, check=True, capture_output=True, text=True, env=plain_environment()).stdout
         peaks[variant] = json.loads(output.strip().splitlines()[-1])["peak_mb"]
     return peaks
 
@@ -201,6 +208,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 30])
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--variants", nargs="+", default=VARIANTS)
+    parser.add_argument("--pages", choices=["huge", "small"], default="huge", help="of the memory behind the timing")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -209,13 +217,13 @@ def main() -> None:
     if args.child:
         child(args.child, args.layers[0], args.dtype[0])
         return
-    if not KEEP_MEMORY.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
+    steady_memory(args.pages)
     result: dict[str, Any] = {"time": {}, "memory": {}, **earlier(args.json)}
     for layers in args.layers:
         for dtype in args.dtype:
             measured = times(layers, getattr(torch, dtype), args.repeats, args.variants, (4, 256))
-            result["time"][f"{layers} layers {dtype}"] = {"provenance": provenance(), "variants": measured}
+            part = f"{layers} layers {dtype}" + (", small pages" if args.pages == "small" else "")
+            result["time"][part] = {"provenance": provenance(), "variants": measured}
             print(f"\n{layers} layers, {dtype}: CPU seconds a step and ratio to the frozen limit (quartiles)")
             columns = ["variant", "seconds", "ratio", "ratio_fastest", "ratio_low", "ratio_high"]
             table([{"variant": n, **m} for n, m in measured.items()], columns)
