@@ -25,13 +25,15 @@ class _DoRALinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scales: tuple[float, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         linears, gains = _linears(scales, tensors)
-        outs, hidden, operands = products_forward(x, linears)
-        for out, linear, gain in zip(outs, linears, gains, strict=True):
-            gained = gain.to(x.dtype)
-            out.mul_(gained)
-            if linear.bias is not None:
+
+        def finish(i: int, out: Tensor) -> None:
+            gain, bias = gains[i].to(x.dtype), linears[i].bias
+            out.mul_(gain)
+            if bias is not None:
                 # (1 - g) * bias is exactly zero at g = 1: step 0 is bit-identical to the frozen layer, which fuses its bias.
-                out.add_((1 - gained) * linear.bias)
+                out.add_((1 - gain) * bias)
+
+        outs, hidden, operands = products_forward(x, linears, finish)
         _, rows, columns, *ctx.rest = operands
         ctx.save_for_backward(x, hidden, rows, *columns, *outs, *tensors)
         ctx.scales = scales
@@ -47,11 +49,12 @@ class _DoRALinears(torch.autograd.Function):
         linears, gains = _linears(ctx.scales, rest[2 * count :])
         operands = Operands([linear.weight for linear in linears], rows, columns, *ctx.rest)
         trains_a, trains_b, trains_gain = (any(ctx.needs_input_grad[i::5]) for i in (4, 5, 6))
-        flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
         grad_gains: list[Tensor | None] = [None] * count
-        scaled = []
         readable = trains_gain and bool((torch.cat(gains).abs() > 1e-6).all())
-        for i, (grad, out, linear, gain) in enumerate(zip(flat, outs, linears, gains, strict=True)):
+
+        def scaled(i: int) -> Tensor:
+            """The gradient in the output before its gain; the gain's own gradient on the way."""
+            grad, out, linear, gain = grads[i].reshape(-1, grads[i].shape[-1]), outs[i], linears[i], gains[i]
             product = None
             if trains_gain:
                 gained = _without_bias(out, linear.bias) if readable else _formed_again(x, linear)
@@ -59,9 +62,14 @@ class _DoRALinears(torch.autograd.Function):
                 dots = product.sum(0).to(gain.dtype)  # sums of halves accumulate in float32 by themselves
                 grad_gains[i] = dots / gain if readable else dots
             # Into memory that has served its purpose and is still in the caches.
-            scaled.append(torch.mul(grad, gain.to(x.dtype), out=product))
+            return torch.mul(grad, gain.to(x.dtype), out=product)
+
         grad_x, grad_as, grad_bs = products_backward(
-            scaled, x if trains_a else None, hidden if trains_b else None, operands, ctx.needs_input_grad[0]
+            map(scaled, range(count)),
+            x if trains_a else None,
+            hidden if trains_b else None,
+            operands,
+            ctx.needs_input_grad[0],
         )
         each = [(None, None, a, b, gain) for a, b, gain in zip(grad_as, grad_bs, grad_gains, strict=True)]
         return None if grad_x is None else grad_x.view(x.shape), None, *(grad for five in each for grad in five)

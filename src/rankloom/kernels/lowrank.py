@@ -6,7 +6,7 @@ their input gradients accumulate into one tensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,50 +39,57 @@ class Operands(NamedTuple):
     """Of the factors themselves, and of their gradients."""
 
 
-def products_forward(x: Tensor, linears: Sequence[Linear]) -> tuple[list[Tensor], Tensor, Operands]:
+def products_forward(
+    x: Tensor, linears: Sequence[Linear], finish: Callable[[int, Tensor], object] | None = None
+) -> tuple[list[Tensor], Tensor, Operands]:
     """Every linear's output, the low-rank term accumulated into the frozen layer's own result; ``A x^T`` of all; operands.
 
     Rank-space tensors are kept as (r, tokens): the thin products then run along the contiguous side of every operand. The
-    scale is a factor of the products themselves, which takes no pass over anything.
+    scale is a factor of the products themselves, which takes no pass over anything. Each output is completed, with
+    ``finish(index, output)`` last, before the next begins: it is still in the caches then.
     """
-    weights, biases, above, beside, scales = zip(*linears, strict=True)
-    # The very call the frozen layer makes comes first, so a zero update leaves every bit alone.
-    outs = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    weights, _, above, beside, scales = zip(*linears, strict=True)
     rows = above[0].to(x.dtype) if len(above) == 1 else torch.cat(above, out=x.new_empty(0))
     columns = [b.to(x.dtype) for b in beside]
     ranks = [len(a) for a in above]
     hidden = rows @ x.reshape(-1, x.shape[-1]).mT
-    for out, column, part, scale in zip(outs, columns, hidden.split(ranks), scales, strict=True):
-        out.view(-1, out.shape[-1]).addmm_(part.mT, column.mT, alpha=scale)
+    outs = []
+    for i, (linear, column, part) in enumerate(zip(linears, columns, hidden.split(ranks), strict=True)):
+        # The very call the frozen layer makes, so a zero update leaves every bit alone.
+        out = F.linear(x, linear.weight, linear.bias)
+        out.view(-1, out.shape[-1]).addmm_(part.mT, column.mT, alpha=linear.scale)
+        if finish is not None:
+            finish(i, out)
+        outs.append(out)
     return outs, hidden, Operands(weights, rows, columns, scales, ranks, above[0].dtype)
 
 
 def products_backward(
-    grads: Sequence[Tensor], x: Tensor | None, hidden: Tensor | None, operands: Operands, needs_x: bool
+    grads: Iterable[Tensor], x: Tensor | None, hidden: Tensor | None, operands: Operands, needs_x: bool
 ) -> tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None]]:
     """Gradients of :func:`products_forward` in the input (tokens, in) where needed, in every ``a`` and in every ``b``.
 
-    Without ``x`` the ``a`` are frozen and get none, without ``hidden`` the ``b``.
+    ``grads`` are taken one by one, each (tokens, out), and done with before the next. Without ``x`` the ``a`` are frozen and
+    get none, without ``hidden`` the ``b``.
     """
     weights, rows, columns, scales, ranks, dtype = operands
-    grad_as: Sequence[Tensor | None] = [None] * len(grads)
-    grad_bs, grad_x = grad_as, None
-    down = rows.new_empty(len(rows), len(grads[0]))  # the gradient in rank space
-    for part, column, grad, scale in zip(down.split(ranks), columns, grads, scales, strict=True):
-        part.addmm_(column.mT, grad.mT, beta=0, alpha=scale)
-    if needs_x:
-        grad_x = grads[0] @ weights[0]
-        for grad, weight in zip(grads[1:], weights[1:], strict=True):
-            grad_x.addmm_(grad, weight)
-        grad_x.addmm_(down.mT, rows)
-    if x is not None:
-        grad_as = (down @ x.reshape(-1, x.shape[-1])).to(dtype).split(ranks)
-    if hidden is not None:
+    beside = [None] * len(ranks) if hidden is None else hidden.split(ranks)
+    down = []  # the gradient in rank space
+    grad_as: Sequence[Tensor | None] = [None] * len(ranks)
+    grad_bs: list[Tensor | None] = []
+    grad_x = None
+    for grad, weight, column, scale, part in zip(grads, weights, columns, scales, beside, strict=True):
+        down.append(_product(column.mT, grad.mT, scale))
         # Laid out as b is: what accumulates gradients then takes them as they are, instead of copying.
-        grad_bs = [
-            _product(part, grad, scale).mT.to(dtype, memory_format=torch.contiguous_format)
-            for part, grad, scale in zip(hidden.split(ranks), grads, scales, strict=True)
-        ]
+        layout = torch.contiguous_format
+        grad_bs.append(None if part is None else _product(part, grad, scale).mT.to(dtype, memory_format=layout))
+        if needs_x:
+            grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
+    below = down[0] if len(down) == 1 else torch.cat(down)
+    if grad_x is not None:
+        grad_x.addmm_(below.mT, rows)
+    if x is not None:
+        grad_as = (below @ x.reshape(-1, x.shape[-1])).to(dtype).split(ranks)
     return grad_x, grad_as, grad_bs
 
 
