@@ -12,9 +12,9 @@ The frozen limit is the bare model's forward pass and the backward pass to its i
 AdamW, 4 x 256 tokens, dropout off. CPU seconds of one thread, variants in turn, medians. For the timing the C library is
 told to keep freed memory, for all variants alike: otherwise page faults, which depend on what ran before, add up to a tenth
 to whichever variant they hit; and to ask for huge pages (``--pages small``: not to), because over 4 KiB pages the 30 layers'
-heap costs every variant 2-4 % of address translation, by where its tensors happen to lie. Memory is the peak resident set of one step (the second, so that optimizer state exists) in a
-process of its own, with the library's defaults. A run with ``--layers``, ``--dtype`` or ``--no-memory`` replaces its own part
-of an earlier result and keeps the rest.
+heap costs every variant 2-4 % of address translation, by where its tensors happen to lie. Memory is the peak resident set
+of one step (the second, so that optimizer state exists) in a process of its own, with the library's defaults. A run with
+``--layers``, ``--dtype`` or ``--no-memory`` replaces its own part of an earlier result and keeps the rest.
 
     python bench/step_overhead.py --json bench/results/step_overhead.json
 """
