@@ -27,6 +27,8 @@ def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def bench(study: ModuleType, tiny_llama: Path, tiny_reviews: Path, monkeypatch: pytest.MonkeyPatch) -> Any:  # noqa: F811
+    from fine_tuning import Task
+
     config = TrainConfig(
         model=str(tiny_llama),
         data=str(tiny_reviews),
@@ -36,7 +38,7 @@ def bench(study: ModuleType, tiny_llama: Path, tiny_reviews: Path, monkeypatch: 
         eval_samples=4,
         calibration_samples=4,
     )
-    monkeypatch.setitem(study.TASKS, "tiny", study.Task("tiny", config, steps=4, first=1e-4))
+    monkeypatch.setitem(study.TASKS, "tiny", Task("tiny", config, steps=4, first=1e-4))
     made = study.Bench("tiny", None)
     made.test = made.prepared.validation  # one file has two splits; which rows are scored does not matter here
     return made
