@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import statistics
 import subprocess
 import sys
 import warnings
@@ -191,14 +192,22 @@ def child(variant: str, layers: int, dtype: str) -> None:
     print(json.dumps({"peak_mb": peak_mb()}))
 
 
-def memory(layers: int, dtype: str, variants: list[str]) -> dict[str, float]:
-    """Peak memory of each variant, a process each."""
-    peaks = {}
-    for variant in [variant for variant in variants if not variant.endswith("products")]:
-        command = [sys.executable, __file__, "--child", variant, "--layers", str(layers), "--dtype", dtype]
-        output = subprocess.run(command, check=True, capture_output=True, text=True, env=plain_environment()).stdout
-        peaks[variant] = json.loads(output.strip().splitlines()[-1])["peak_mb"]
-    return peaks
+def memory(layers: int, dtype: str, variants: list[str], repeats: int = 3) -> dict[str, dict[str, Any]]:
+    """Peak memory of each variant, processes of its own, in turn: medians, and the median excess over the limit of its round."""
+    rounds: dict[str, list[float]] = {variant: [] for variant in variants if not variant.endswith("products")}
+    for _ in range(repeats):
+        for variant, peaks in rounds.items():
+            command = [sys.executable, __file__, "--child", variant, "--layers", str(layers), "--dtype", dtype]
+            child = subprocess.run(command, check=True, capture_output=True, text=True, env=plain_environment())
+            peaks.append(json.loads(child.stdout.strip().splitlines()[-1])["peak_mb"])
+    return {
+        variant: {
+            "peak_mb": statistics.median(peaks),
+            "over_limit_mb": statistics.median(p - q for p, q in zip(peaks, rounds["limit"], strict=True)),
+            "rounds_mb": peaks,
+        }
+        for variant, peaks in rounds.items()
+    }
 
 
 def main() -> None:
@@ -206,7 +215,7 @@ def main() -> None:
     parser.add_argument("--json", help="write the result here")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 30])
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--dtype", nargs="*", default=["bfloat16", "float32"], help="none: memory alone")
     parser.add_argument("--variants", nargs="+", default=VARIANTS)
     parser.add_argument("--pages", choices=["huge", "small"], default="huge", help="of the memory behind the timing")
     parser.add_argument("--no-memory", action="store_true")
@@ -230,8 +239,7 @@ def main() -> None:
             write(args.json, result)
     if not args.no_memory:
         layers = max(args.layers)
-        peaks = memory(layers, "float32", args.variants)
-        measured = {n: {"peak_mb": p, "over_limit_mb": p - peaks["limit"]} for n, p in peaks.items()}
+        measured = memory(layers, "float32", args.variants)
         result["memory"][f"{layers} layers float32"] = {"provenance": provenance(), "variants": measured}
         print(f"\n{layers} layers, float32: peak resident memory of one step, MB")
         table([{"variant": n, **m} for n, m in measured.items()], ["variant", "peak_mb", "over_limit_mb"])
