@@ -29,7 +29,7 @@ from rankloom.attention.cost import CostModel
 from rankloom.attention.fitting import Fit
 from rankloom.attention.precondition import Preconditioner
 
-__all__ = ["HOPELESS", "Budget", "Place", "looks_promising", "search_seconds"]
+__all__ = ["HOPELESS", "Budget", "Place", "calibration_pairs", "looks_promising", "search_seconds", "too_short"]
 
 Place = tuple[int, int, int, bool, str, str]
 """What decides about time beside the length: ``(d, d_v, g, causal, device, dtype)``."""
@@ -92,7 +92,7 @@ class Budget:
         advance = advance and self.trusted
         cost = self.model(place)
         if cost is None:
-            pairs, ran = _calibration_pairs(place), self.passes.get(place, (0.0, 0.0))[1]
+            pairs, ran = calibration_pairs(place), self.passes.get(place, (0.0, 0.0))[1]
             if not (pairs <= self.share * ran or (advance and pairs <= ran / (steps + 1) * self.refresh / 2)):
                 return "calibration"
             cost = self.costs[place] = calibrate()
@@ -107,7 +107,7 @@ class Budget:
 
     def calibrates(self, place: Place) -> bool:
         """Whether a calibration that nobody lends for is paid for."""
-        return _calibration_pairs(place) <= self.share * self.passes.get(place, (0.0, 0.0))[1]
+        return calibration_pairs(place) <= self.share * self.passes.get(place, (0.0, 0.0))[1]
 
     def pay(self, cost: CostModel, lengths: Sequence[int], found: Fit, eps: float) -> None:
         """Book a measurement by what it found."""
@@ -144,11 +144,11 @@ def search_seconds(cost: CostModel, lengths: Sequence[int], *, within: float = i
     With ``a(n, w)`` the approximation's time of width ``w``, over all kinds and widths (64, 128, ... 1024) that are faster than
     exact attention at the longest length and no slower than ``within``,
 
-        (2 + 4 / g) sum_w [ a(1024, w) + 1/2 sum_n a(n, w) ],
+        (2 + 6 / g) sum_w [ a(1024, w) + 1/2 sum_n a(n, w) ],
 
     as a certificate evaluates the approximation and forms its keys' features for each batch of rows (shared by the ``g`` query
-    heads), every candidate is screened, and half of them (none unless ``certified``) are certified at full length. Measured:
-    0.9 to 2.5 times what it took, at d of 16 to 128.
+    heads), every candidate is screened, and half of them (none unless ``certified``) are certified at full length. That is more
+    than it takes: 1.0 to 4 times (``bench/limits_overhead.py``).
     """
     longest = max(lengths)
     screened = -(-longest // max(1, longest // _SCREENED))
@@ -159,7 +159,7 @@ def search_seconds(cost: CostModel, lengths: Sequence[int], *, within: float = i
             total += cost.approximate(screened, width, kind)
             total += certified * sum(cost.approximate(n, width, kind) for n in lengths) / 2
             width *= 2
-    return (2 + 4 / cost.group) * total
+    return (2 + 6 / cost.group) * total
 
 
 @torch.no_grad()
@@ -182,7 +182,8 @@ def looks_promising(q: Tensor, k: Tensor, scale: float, eps: float, generator: t
     return False
 
 
-def _calibration_pairs(place: Place) -> float:
+def calibration_pairs(place: Place) -> float:
+    """Query-key pairs of exact attention that take about as long as calibrating the cost model."""
     dim, device = place[0], place[4]
     return _CALIBRATION / dim * (1 if device == "cpu" else _ACCELERATED)
 
