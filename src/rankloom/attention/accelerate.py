@@ -25,7 +25,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from rankloom.attention.agenda import plan
 from rankloom.attention.budget import Budget
-from rankloom.attention.calls import Tensors, observe
+from rankloom.attention.calls import Tensors, in_backward, observe
 from rankloom.attention.cost import CostModel, calibrate
 from rankloom.attention.heads import Layer
 from rankloom.attention.registry import Replaced
@@ -139,7 +139,7 @@ class AcceleratedAttention:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """The registered function: ``query`` (B, H, L, d), ``key`` and ``value`` (B, H / g, L, .), output (B, L, H, d_v)."""
-        if self._stepped and module.training and not _in_backward():
+        if self._stepped and module.training and not in_backward():
             for layer in self._layers.values():
                 layer.advance()
             self.steps, self._stepped = self.steps + 1, False
@@ -163,7 +163,7 @@ class AcceleratedAttention:
             out, weights = exact(query, key, value)
         else:
             out = self._join(parts, given, exact)
-        if module.training and not _in_backward():  # a reentrant checkpoint's first pass is without gradients
+        if module.training and not in_backward():  # a reentrant checkpoint's first pass is without gradients
             known.book(reasons, [part is not None for part in parts], given, self._budget)
         if module.training and torch.is_grad_enabled() and known.asks:
             known.require_finite(given)
@@ -202,7 +202,7 @@ class AcceleratedAttention:
             )
 
     def _count(self, name: str, ran: dict[str, int]) -> None:
-        if not _in_backward():  # a recomputed pass has been counted
+        if not in_backward():  # a recomputed pass has been counted
             self.log.setdefault(name, Counter()).update(ran)
 
     @property
@@ -212,13 +212,12 @@ class AcceleratedAttention:
 
     def report(self) -> dict[str, Any]:
         """What ran and why, in key heads x passes, every head's fit and place in the queue, and the account; plain values."""
-        layers = {name: dict(ran) for name, ran in self.log.items()}
         return {
             "eps": self.eps,
             "steps": self.steps,
             "budget": self._budget.report(),
             "ran": dict(self.totals),
-            "layers": layers,
+            "layers": {name: dict(ran) for name, ran in self.log.items()},
             "heads": [head for layer in self._layers.values() for head in layer.report(self.steps)],
         }
 
@@ -237,7 +236,9 @@ class AcceleratedAttention:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`. Raises :class:`ArtifactError` where the layers differ."""
+        """Continue from :meth:`state_dict`. Raises :class:`ArtifactError` for the state of other layers or an earlier version."""
+        if "budget" not in state:
+            raise ArtifactError("the attention state was saved before measurements had a budget: start the run anew")
         own = {layer.name: layer for layer in self._layers.values()}
         if strangers := sorted(state["layers"].keys() - own.keys()):
             raise ArtifactError(f"the attention state is of another model: this one has no layer {strangers[0]}")
@@ -247,8 +248,3 @@ class AcceleratedAttention:
         self._budget.restore(state["budget"])
         self.steps, self._stepped = state["steps"], state["stepped"]
         self.log = {name: Counter(ran) for name, ran in state["log"].items()}
-
-
-def _in_backward() -> bool:
-    """Whether this is a forward pass that a checkpoint repeats inside a backward pass."""
-    return bool(torch._C._current_graph_task_id() != -1)

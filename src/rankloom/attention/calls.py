@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from rankloom.attention.budget import Place
 from rankloom.attention.masks import Plain
 
-__all__ = ["Tensors", "observe", "wide"]
+__all__ = ["Tensors", "in_backward", "observe", "wide"]
 
 
 @dataclass(frozen=True)
@@ -85,3 +85,8 @@ class _Observe(torch.autograd.Function):
 def wide(x: Tensor) -> Tensor:
     """In float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def in_backward() -> bool:
+    """Whether this is a forward pass that a checkpoint repeats inside a backward pass."""
+    return bool(torch._C._current_graph_task_id() != -1)
