@@ -78,7 +78,7 @@ def test_layers_take_turns_and_those_never_measured_come_first() -> None:
 
 def test_promising_and_cheap_heads_come_first() -> None:
     model = layers(3, heads=1)
-    model[2].turns[0].promising = True
+    model[2].turns[0].promised = 17
     model[1].lengths = (900,)
     for spare, expected in ((1.0, [2]), (1.9, [1, 2]), (2.5, [1, 2]), (3.0, [0, 1, 2])):
         plan(model, with_balance(spare * PRICE), 0)

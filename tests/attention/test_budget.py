@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.stats import poisson
 
-from rankloom.attention.budget import Budget, Place, calibration_pairs, looks_promising, search_seconds, too_short
+from rankloom.attention.budget import Budget, Place, calibration_pairs, promise, search_seconds, too_short
 from rankloom.attention.cost import KINDS, CostModel
 from rankloom.attention.fitting import Fit
 from rankloom.attention.precondition import Preconditioner
@@ -100,25 +100,30 @@ def test_calibration_waits_until_its_share_has_run_and_is_paid_for() -> None:
     assert calibration_pairs(other) > 100 * calibration_pairs(PLACE)
 
 
-def test_an_advance_is_lent_against_half_a_refresh_period_as_long_as_there_is_trust() -> None:
+def test_an_advance_for_a_calibration_is_lent_against_half_a_refresh_period() -> None:
     length = 20_000
-    enough = int(2 * calibration_pairs(PLACE) / length**2) + 1  # refresh periods of one pass a step
-    for refresh, lent in ((enough, True), (enough - 1, False)):
+    enough = ceil(2 * calibration_pairs(PLACE) / length**2)  # one pass a step
+    for refresh in (enough, enough - 1):
         budget = account(cost=None, share=0.0, refresh=refresh)
         budget.ran(PLACE, (length,), 1)
         assert budget.admit(PLACE, (length,), 0.0, unused) == "calibration"
-        if lent:
-            cost = budget.admit(PLACE, (length,), 0.0, lambda: COST, advance=True)
-            price, exact = search_seconds(COST, (length,)), COST.exact(length)
-            assert cost is COST if price <= exact * refresh / 2 else cost == "budget"
-            budget.trusted = False
-            assert budget.admit(PLACE, (length,), 0.0, unused, advance=True) == "budget"
-        else:
-            assert budget.admit(PLACE, (length,), 0.0, unused, advance=True) == "calibration"
-    price, exact = search_seconds(COST, (1000,)), COST.exact(1000)
-    refresh = int(2 * price / exact) + 1
-    assert account(refresh=refresh).admit(PLACE, (1000,), 0.0, unused, advance=True) is COST
-    assert account(refresh=refresh - 1).admit(PLACE, (1000,), 0.0, unused, advance=True) == "budget"
+        budget.trusted = False
+        assert budget.admit(PLACE, (length,), 0.0, unused, features=17) == "calibration"
+        budget.trusted = True
+        lent = budget.admit(PLACE, (length,), 0.0, lambda: COST, features=17)
+        assert (lent == "calibration") == (refresh < enough)
+        assert budget.spent == (0.0 if refresh < enough else pytest.approx(1e-3 * calibration_pairs(PLACE)))
+
+
+def test_an_advance_for_a_search_is_lent_as_long_as_there_is_trust() -> None:
+    # Screens and one certificate of width 64 (640 s each, in every kind), against 2000 s of exact attention a step.
+    refresh = ceil(2 * 8 * (len(KINDS) + 1) * 640 / 2000)
+    assert account(refresh=refresh).admit(PLACE, (1000,), 0.0, unused, features=64) is COST
+    assert account(refresh=refresh - 1).admit(PLACE, (1000,), 0.0, unused, features=64) == "budget"
+    assert account(refresh=refresh).admit(PLACE, (1000,), 0.0, unused) == "budget"
+    doubted = account(refresh=refresh)
+    doubted.trusted = False
+    assert doubted.admit(PLACE, (1000,), 0.0, unused, features=64) == "budget"
 
 
 def test_the_account_survives_its_state() -> None:
@@ -138,5 +143,5 @@ def test_the_look_is_the_tail_of_a_poisson_law(size: float, length: int) -> None
     spectrum = Preconditioner.fit(q, k, 0.5, rows=256, generator=torch.Generator().manual_seed(2)).spectrum
     variance = float(spectrum.square().sum())
     degree = next((g for g in range(1, 9) if poisson.sf(g, variance) <= 1e-6), None)
-    wanted = degree is not None and 4 * comb(4 + degree, degree) <= length
-    assert looks_promising(q, k, 0.5, 1e-2, torch.Generator().manual_seed(2)) == wanted
+    features = comb(4 + degree, degree) if degree is not None else length
+    assert promise(q, k, 0.5, 1e-2, torch.Generator().manual_seed(2)) == (features if 4 * features <= length else 0)

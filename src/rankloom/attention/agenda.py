@@ -24,15 +24,15 @@ class Turn:
     """One head's place in the queue.
 
     ``due`` is the step from which on it wants to be measured, ``waits`` why it waits although it is due; ``measurements`` counts
-    all, ``failures`` those since the last that passed (a hopeless one twice); ``promising`` is the first look, ``rate`` the
-    predicted seconds a token of its last fit and ``saved`` what that saved since it was made.
+    all, ``failures`` those since the last that passed (a hopeless one twice); ``promised`` are the features that the first
+    look expects to do (0 for none), ``rate`` the predicted seconds a token of its last fit and ``saved`` what that saved since.
     """
 
     due: int = 0
     failures: int = 0
     measurements: int = 0
     waits: str = ""
-    promising: bool = False
+    promised: int = 0
     rate: float = 0.0
     saved: float = 0.0
 
@@ -63,7 +63,7 @@ class _Wish:
     def rank(self) -> tuple[Any, ...]:
         turn, price = self.turn, inf if self.price is None else self.price
         done = 0 if turn.proven else self.done
-        return not turn.proven, done, turn.measurements, not turn.promising, price, self.head, self.layer.index
+        return not turn.proven, done, turn.measurements, not turn.promised, price, self.head, self.layer.index
 
 
 def plan(layers: Iterable[Layer], budget: Budget, step: int) -> None:

@@ -29,7 +29,7 @@ from rankloom.attention.cost import CostModel
 from rankloom.attention.fitting import Fit
 from rankloom.attention.precondition import Preconditioner
 
-__all__ = ["HOPELESS", "Budget", "Place", "calibration_pairs", "looks_promising", "search_seconds", "too_short"]
+__all__ = ["HOPELESS", "Budget", "Place", "calibration_pairs", "promise", "search_seconds", "too_short"]
 
 Place = tuple[int, int, int, bool, str, str]
 """What decides about time beside the length: ``(d, d_v, g, causal, device, dtype)``."""
@@ -86,10 +86,11 @@ class Budget:
         calibrate: Callable[[], CostModel],
         *,
         steps: int = 0,
-        advance: bool = False,
+        features: int = 0,
     ) -> CostModel | str:
-        """The times to measure a head by, within ``allowance`` seconds or in ``advance``; or why it has to wait."""
-        advance = advance and self.trusted
+        """The times to measure a head by, within ``allowance`` seconds or in advance if it promises to pass with so many
+        ``features``; or why it has to wait."""
+        advance = features > 0 and self.trusted
         cost = self.model(place)
         if cost is None:
             pairs, ran = calibration_pairs(place), self.passes.get(place, (0.0, 0.0))[1]
@@ -101,7 +102,9 @@ class Budget:
         if too_short(cost, lengths):
             return "length"
         price = search_seconds(cost, lengths)
-        if price <= allowance or (advance and price <= sum(map(cost.exact, lengths)) * self.refresh / 2):
+        if price <= allowance:
+            return cost
+        if advance and _expected(cost, lengths, features) <= sum(map(cost.exact, lengths)) * self.refresh / 2:
             return cost
         return "budget"
 
@@ -162,13 +165,19 @@ def search_seconds(cost: CostModel, lengths: Sequence[int], *, within: float = i
     return (2 + 6 / cost.group) * total
 
 
+def _expected(cost: CostModel, lengths: Sequence[int], features: int) -> float:
+    """A search that ends, after screens only, with the first certificate of so many features."""
+    last = [cost.approximate(n, features, "isotropic") for n in lengths]
+    return search_seconds(cost, lengths, within=max(last), certified=False) + (2 + 6 / cost.group) * sum(last)
+
+
 @torch.no_grad()
-def looks_promising(q: Tensor, k: Tensor, scale: float, eps: float, generator: torch.Generator) -> bool:
-    """Whether queries ``q`` (n, d) and keys ``k`` (L, d) vary so little that a polynomial of few features may serve them.
+def promise(q: Tensor, k: Tensor, scale: float, eps: float, generator: torch.Generator) -> int:
+    """With how many features a polynomial may serve queries ``q`` (n, d) and keys ``k`` (L, d), or 0 where with too many.
 
     For centred normal logits of variance ``V`` the best polynomial of degree ``g`` misses ``P(Poisson(V) > g)`` of the squared
-    norm of ``e^s`` (the tail of its Hermite series). It looks promising if the degree that leaves ``(eps / 10)^2``, as gradients
-    err more than the output, takes at most ``L / 4`` features. A look decides about an advance, never about a head.
+    norm of ``e^s`` (the tail of its Hermite series). The degree is the least that leaves ``(eps / 10)^2``, as gradients err
+    more than the output, and ``L / 4`` features are too many. A look decides about an advance, never about a head.
     """
     spectrum = Preconditioner.fit(q, k, scale, rows=_LOOK_ROWS, generator=generator).spectrum
     variance, dim = float(spectrum.double().square().sum()), len(spectrum)
@@ -178,8 +187,9 @@ def looks_promising(q: Tensor, k: Tensor, scale: float, eps: float, generator: t
         term *= variance / degree
         tail -= term
         if tail <= (eps / _GRADIENTS) ** 2:
-            return _TOKENS_A_FEATURE * comb(dim + degree, degree) <= len(k)
-    return False
+            features = comb(dim + degree, degree)
+            return features if _TOKENS_A_FEATURE * features <= len(k) else 0
+    return 0
 
 
 def calibration_pairs(place: Place) -> float:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankloom.attention.agenda import Turn
-from rankloom.attention.budget import Budget, Place, looks_promising
+from rankloom.attention.budget import Budget, Place, promise
 from rankloom.attention.calls import Tensors, wide
 from rankloom.attention.cost import CostModel
 from rankloom.attention.fitting import Fit, Sample, fit
@@ -133,14 +133,14 @@ class Layer:
                 generator = torch.Generator().manual_seed(hash((seed, step, self.index, head)))
                 if first:
                     q, k, _ = given.sequence(head, 0)
-                    turn.promising = looks_promising(q.flatten(0, 1), k, given.scale, eps, generator)
+                    turn.promised = promise(q.flatten(0, 1), k, given.scale, eps, generator)
                 cost = budget.admit(
                     given.place,
                     given.lengths,
                     budget.balance if first else self.wanted[head],
                     lambda: calibrate(given),
                     steps=step,
-                    advance=first and turn.promising,
+                    features=turn.promised if first else 0,
                 )
                 if isinstance(cost, str):
                     turn.waits = cost
@@ -160,7 +160,7 @@ class Layer:
                     generator=generator,
                 )
                 budget.pay(cost, given.lengths, found, eps)
-                budget.trusted &= not turn.promising or found.approximation is not None
+                budget.trusted &= not turn.promised or found.approximation is not None
                 turn.measured(found, step=step, refresh=refresh, eps=eps, length=max(given.lengths))
 
     def require_finite(self, given: Tensors) -> None:
