@@ -54,6 +54,8 @@ def test_what_a_measurement_found_decides_what_is_booked() -> None:
     for found, wanted in (
         (Fit("certificate", error=0.5), search_seconds(COST, (1000,), certified=False)),
         (Fit("certificate", error=0.05), search_seconds(COST, (1000,))),
+        (Fit("mehler 64", object(), error=1e-3, seconds=640.0), search_seconds(COST, (1000,), within=640)),  # type: ignore[arg-type]
+        (Fit("isotropic 17", object(), error=1e-3, seconds=170.0), 8 * 170.0),  # type: ignore[arg-type]
     ):
         budget = account()
         budget.pay(COST, (1000,), found, eps=1e-2)

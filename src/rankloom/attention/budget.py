@@ -29,7 +29,7 @@ from rankloom.attention.cost import CostModel
 from rankloom.attention.fitting import Fit
 from rankloom.attention.precondition import Preconditioner
 
-__all__ = ["HOPELESS", "Budget", "Place", "calibration_pairs", "promise", "search_seconds", "too_short"]
+__all__ = ["HOPELESS", "Budget", "Place", "booked", "calibration_pairs", "promise", "search_seconds", "too_short"]
 
 Place = tuple[int, int, int, bool, str, str]
 """What decides about time beside the length: ``(d, d_v, g, causal, device, dtype)``."""
@@ -114,10 +114,7 @@ class Budget:
 
     def pay(self, cost: CostModel, lengths: Sequence[int], found: Fit, eps: float) -> None:
         """Book a measurement by what it found."""
-        passed = found.approximation is not None
-        self.spent += search_seconds(
-            cost, lengths, within=found.seconds if passed else inf, certified=passed or found.error <= HOPELESS * eps
-        )
+        self.spent += booked(cost, lengths, found, eps)
 
     def report(self) -> dict[str, Any]:
         """The account, in predicted seconds."""
@@ -163,6 +160,14 @@ def search_seconds(cost: CostModel, lengths: Sequence[int], *, within: float = i
             total += certified * sum(cost.approximate(n, width, kind) for n in lengths) / 2
             width *= 2
     return (2 + 6 / cost.group) * total
+
+
+def booked(cost: CostModel, lengths: Sequence[int], found: Fit, eps: float) -> float:
+    """What a search took by what it found: all candidates as fast as that, its own certificate at the least."""
+    if found.approximation is None:
+        return search_seconds(cost, lengths, certified=found.error <= HOPELESS * eps)
+    last = (2 + 6 / cost.group) * found.seconds * sum(lengths) / max(lengths)
+    return max(last, search_seconds(cost, lengths, within=found.seconds))
 
 
 def _expected(cost: CostModel, lengths: Sequence[int], features: int) -> float:
