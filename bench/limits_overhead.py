@@ -197,7 +197,8 @@ def main() -> None:
     table(rows, columns)
     print(
         "whole: CPU time of the accelerated run over the exact one; step, low, high: of a step, median and quartiles; "
-        "calibration, measurement: seconds measured over seconds booked; long_run: the bound on attention's time that follows"
+        "calibration, measurement: seconds measured over seconds booked (0: calibrated before, in a run); long_run: the bound on "
+        "attention's time that follows"
     )
     write(options.json, {**result, "table": rows})
 
