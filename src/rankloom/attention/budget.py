@@ -11,8 +11,9 @@ and a measurement waits until the balance covers it. The attention of a run take
 
 *To start with*, a head whose logits vary little is measured in advance, once, and the cost model calibrated for it, if half of
 what exact attention takes in one refresh period pays for that. The first such head whose measurement fails ends this credit
-for good: what may exceed the bound is one calibration a head geometry and one measurement. Heads that do not look like
-passing get nothing in advance.
+for good, so heads that fail exceed the bound by one calibration a head geometry and one measurement at most. Heads that pass
+win their advance back within steps, but a run that ends before that has paid for it. Heads that do not look like passing get
+nothing in advance.
 """
 
 from __future__ import annotations
