@@ -113,8 +113,10 @@ def study(options: argparse.Namespace) -> dict[str, Any]:
     optimizers = {name: a.optimizer(lr=options.lr, total_steps=len(train)) for name, a in adapted.items()}
     before = validate(models["exact"], validation)
     steps: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
+    measuring: set[int] = set()
     with accelerate_attention(models["accelerated"], options.eps, refresh=options.refresh) as handle:
         for number, text in enumerate(train):
+            booked = handle.report()["budget"]["spent"]
             for name in VARIANTS if number % 2 else reversed(VARIANTS):
                 cpu, wall = time.process_time(), time.perf_counter()
                 loss = models[name](input_ids=text[None], labels=text[None]).loss
@@ -123,6 +125,8 @@ def study(options: argparse.Namespace) -> dict[str, Any]:
                 optimizers[name].zero_grad()
                 spent = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
                 steps[name].append({"loss": float(loss.detach()), **spent})
+            if handle.report()["budget"]["spent"] > booked:
+                measuring.add(number)
             shown = {name: steps[name][-1] for name in VARIANTS}
             print(
                 f"step {number + 1}/{len(train)}: "
@@ -130,7 +134,6 @@ def study(options: argparse.Namespace) -> dict[str, Any]:
             )
         report = handle.report()
         print(handle.summary())
-    measuring = {number for number in range(len(train)) if number % options.refresh == 0}
     after = {name: validate(model, validation) for name, model in models.items()}
     return {
         "settings": vars(options),
@@ -150,6 +153,7 @@ def study(options: argparse.Namespace) -> dict[str, Any]:
             for clock in ("cpu", "wall")
         },
         "steps": steps,
+        "measuring_steps": sorted(measuring),
         "attention": report,
     }
 

@@ -15,7 +15,8 @@ from rankloom import methods
 from rankloom.attention import accelerate, heads
 from rankloom.attention.accelerate import AcceleratedAttention, accelerate_attention
 from rankloom.attention.cost import KINDS, CostModel
-from rankloom.errors import AttentionError
+from rankloom.attention.fitting import Fit
+from rankloom.errors import ArtifactError, AttentionError
 from tests import zoo
 
 LENGTH = 96
@@ -70,7 +71,8 @@ def tokens(rows: int = 2, seed: int = 0, length: int = LENGTH) -> dict[str, Tens
 
 
 def accelerated(model: nn.Module, **changes: Any) -> AcceleratedAttention:
-    return accelerate_attention(model, **{"eps": EPS, "min_length": 16, "cost": CHEAP, **changes})
+    """With a budget that lets every head be measured at once."""
+    return accelerate_attention(model, **{"eps": EPS, "min_length": 16, "cost": CHEAP, "budget": 1e9, **changes})
 
 
 def gradients(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -332,7 +334,7 @@ def test_checkpointing_decides_as_the_first_pass_did(reentrant: bool, together: 
                     sum(losses).backward()
                 results.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
                 optimizer.step()
-            assert {layer["due"] for layer in handle.state_dict()["layers"].values()} == {4}
+            assert [head["due"] for head in handle.report()["heads"]] == [8, 4, 8, 4]  # those that fail back off
             return results, handle.report()
 
     plain, report = run(False)
@@ -419,17 +421,23 @@ def test_layers_without_a_gradient_are_measured_by_their_output() -> None:
     assert 0 < float((got - wanted).norm() / wanted.norm()) < EPS
 
 
-def test_continues_to_the_same_bits_from_its_state() -> None:
+@pytest.mark.parametrize("budget", [1e9, 20.0])
+def test_continues_to_the_same_bits_from_its_state(budget: float) -> None:
+    """Saved in the middle of a back-off (and, with the smaller budget, of a queue) that ends after the resumption."""
+
     def start() -> tuple[nn.Module, AcceleratedAttention, torch.optim.Optimizer]:
         model = llama(small=(1,), dtype=torch.float32)
-        handle = accelerated(model, refresh=2)
+        handle = accelerated(model, refresh=2, budget=budget)
         return model, handle, torch.optim.AdamW(model.parameters(), lr=1e-2)
 
     model, handle, optimizer = start()
     other, resumed, later = start()
     with handle, resumed:
-        for step in range(6):
+        for step in range(10):
             if step == 3:  # a step after a measurement that is not in force yet
+                queue = handle.report()["heads"]
+                assert {"back-off"} <= {head["put_off"] for head in queue} <= {"", "back-off", "budget"}
+                backed_off = sum(head["measurements"] for head in queue if head["put_off"])
                 buffer = io.BytesIO()
                 torch.save({"a": handle.state_dict(), "m": model.state_dict(), "o": optimizer.state_dict()}, buffer)
                 buffer.seek(0)
@@ -444,6 +452,52 @@ def test_continues_to_the_same_bits_from_its_state() -> None:
         assert same(dict(model.state_dict()), dict(other.state_dict()))
         assert handle.report() == resumed.report()
         assert {"certificate"} < set(handle.totals)
+        assert sum(head["measurements"] for head in handle.report()["heads"] if head["head"] == 0) > backed_off
+
+
+def test_a_state_without_an_account_is_refused() -> None:
+    with accelerated(llama()) as handle, pytest.raises(ArtifactError, match="before measurements had a budget"):
+        handle.load_state_dict({"steps": 1, "stepped": False, "layers": {}, "costs": [], "log": {}})
+
+
+def test_measurements_wait_for_the_budget_and_the_log_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is lent to heads of large norms; each is measured when four times exact attention's time has paid for it."""
+    at: list[int] = []
+    real = heads.fit
+    model, batch = llama(small=()), tokens()
+    with accelerated(model, budget=4.0) as handle:
+        monkeypatch.setattr(heads, "fit", lambda *args, **named: at.append(handle.steps) or real(*args, **named))
+        wanted = gradients(model, batch)
+        for _ in range(7):
+            handle.stepped()
+            assert same(gradients(model, batch), wanted)
+            account = handle.report()["budget"]
+            assert account["spent"] <= 4.0 * account["exact"]
+        queue = handle.report()["heads"]
+        assert 1 < len(at) == len(set(at)) and at[0] > 1  # one by one
+        assert {"not measured yet", "put off: budget", "certificate"} == set(handle.totals)
+        assert {head["put_off"] for head in queue} == {"back-off", "budget"}
+        assert "measurements put off" in handle.summary() and "(budget)" in handle.summary()
+        assert {(head["layer"], head["measurements"]) for head in queue if head["head"] == 0} == {
+            ("model.layers.0.self_attn", 1),
+            ("model.layers.1.self_attn", 1),
+        }
+
+
+def test_promising_heads_are_measured_in_advance_until_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = tokens()
+    with accelerated(llama(small=(1,)), budget=0.0, refresh=200) as handle:
+        measured(handle, batch)
+        gradients(handle.model, batch)
+        report = handle.report()
+        assert [head["measurements"] for head in report["heads"]] == [0, 1, 0, 1]
+        assert [head["accelerated"] for head in report["heads"]] == [False, True, False, True]
+        assert report["budget"]["trusted"] and report["budget"]["saved"] > 0
+    monkeypatch.setattr(heads, "fit", lambda *_, **__: Fit("certificate", error=0.5))
+    with accelerated(llama(), budget=0.0, refresh=200) as handle:
+        measured(handle, batch)
+        assert sum(head["measurements"] for head in handle.report()["heads"]) == 1
+        assert not handle.report()["budget"]["trusted"]
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "pissa", "adalora", "lora-one", "galore"])
@@ -478,6 +532,9 @@ def test_errors_name_the_fix() -> None:
     for name in ("refresh", "hysteresis", "min_length"):
         with pytest.raises(AttentionError, match=f"{name} must be at least 1, got 0"):
             accelerate_attention(llama(), **{name: 0})
+    for budget in (-0.1, float("inf"), float("nan")):
+        with pytest.raises(AttentionError, match="budget is a share of exact attention's time"):
+            accelerate_attention(llama(), budget=budget)
     with pytest.raises(AttentionError, match="does not attend through transformers' AttentionInterface"):
         accelerate_attention(zoo.ConvNet())
     model = llama()

@@ -4,44 +4,36 @@ Per layer and key head (with the ``g`` query heads that share it) a training ste
 function, bit for bit, or the fastest :class:`~rankloom.attention.factored.Factored` whose certificate promised a relative
 error of output and gradients of at most ``eps`` (arXiv 2406.03136).
 
-The clock is the optimizer's. On a step that is due (the first, then every ``refresh``-th) each head's queries, keys, values and
+The clock is the optimizer's. In a step that is a head's turn (:mod:`rankloom.attention.agenda`) its queries, keys, values and
 output gradient are looked at as the backward pass brings them, and a :class:`~rankloom.attention.fitting.Fit` is made of
 them. It comes into force with the next optimizer step and not earlier. So no token ever meets statistics of its own
 sequence's future, a recomputed forward pass (gradient checkpointing) decides as the first one did, and all micro-batches
-of a step are treated alike.
+of a step are treated alike. Measuring takes a share of what exact attention does (:mod:`rankloom.attention.budget`), so a model
+without a head that passes runs as fast as it did, give or take that share.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict
+from math import inf
 from types import TracebackType
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from rankloom.attention.agenda import plan
+from rankloom.attention.budget import Budget
+from rankloom.attention.calls import Tensors, in_backward, observe
 from rankloom.attention.cost import CostModel, calibrate
-from rankloom.attention.heads import Layer, Tensors, observe
-from rankloom.attention.masks import Plain, plain
+from rankloom.attention.heads import Layer
 from rankloom.attention.registry import Replaced
+from rankloom.attention.summary import summary
+from rankloom.attention.support import Support
 from rankloom.errors import ArtifactError, AttentionError
 
 __all__ = ["AcceleratedAttention", "accelerate_attention"]
-
-# What models hand to every attention function, and plain attention does not read.
-_IGNORED = {
-    "cache_position",
-    "is_causal",
-    "num_items_in_batch",
-    "output_hidden_states",
-    "position_ids",
-    "return_dict",
-    "sliding_window",
-    "use_cache",
-}
 
 
 def accelerate_attention(
@@ -53,6 +45,7 @@ def accelerate_attention(
     min_length: int = 2048,
     evaluate: bool = False,
     cost: CostModel | None = None,
+    budget: float = 0.04,
     seed: int = 0,
 ) -> AcceleratedAttention:
     """Accelerate the attention heads whose norms allow it; everything else runs as it did, bit for bit.
@@ -60,11 +53,13 @@ def accelerate_attention(
     Args:
         model: a transformers model that attends through ``AttentionInterface``; adapters in it do not matter.
         eps: the largest certified relative error of a head's output and of its dQ, dK and dV.
-        refresh: optimizer steps between two measurements.
+        refresh: optimizer steps between two measurements of a head that passes; one that fails is asked later each time.
         hysteresis: a head that failed, or a factor cheaper than the one in use, must pass ``eps / hysteresis``.
         min_length: shorter sequences are neither accelerated nor measured.
         evaluate: use the fits in eval mode as well; by default evaluation and generation are exact.
-        cost: predicted times, instead of those calibrated on this machine at first use (some seconds).
+        cost: predicted times, instead of those calibrated on this machine once they are paid for (some seconds).
+        budget: share of the exact attention's predicted time that measurements may take, half of what was saved apart
+            (:mod:`rankloom.attention.budget`).
         seed: of the rows that are sampled.
 
     Returns:
@@ -78,7 +73,10 @@ def accelerate_attention(
     for name, value in (("refresh", refresh), ("hysteresis", hysteresis), ("min_length", min_length)):
         if not value >= 1:
             raise AttentionError(f"{name} must be at least 1, got {value}")
-    return AcceleratedAttention(model, eps, refresh, hysteresis, min_length, evaluate, cost, seed)
+    if not 0 <= budget < inf:
+        raise AttentionError(f"budget is a share of exact attention's time, at least 0, got {budget}: try budget=0.04")
+    account = Budget(budget, refresh, cost)
+    return AcceleratedAttention(model, eps, refresh, hysteresis, Support(min_length, evaluate), account, seed)
 
 
 class AcceleratedAttention:
@@ -94,19 +92,16 @@ class AcceleratedAttention:
         eps: float,
         refresh: int,
         hysteresis: float,
-        min_length: int,
-        evaluate: bool,
-        cost: CostModel | None,
+        support: Support,
+        budget: Budget,
         seed: int,
     ) -> None:
-        self.model, self.eps, self.refresh, self.hysteresis = model, eps, refresh, hysteresis
-        self.min_length, self.evaluate, self.cost, self.seed = min_length, evaluate, cost, seed
+        self.model, self.eps, self.refresh, self.hysteresis, self.seed = model, eps, refresh, hysteresis, seed
         self.steps = 0
         self.log: dict[str, Counter[str]] = {}
         self._stepped = False
-        self._costs: dict[tuple[Any, ...], CostModel] = {}
+        self._support, self._budget = support, budget
         self._layers = {module: Layer(name, index) for index, (name, module) in enumerate(model.named_modules())}
-        self._mask: tuple[ref[Tensor], Plain | None] | None = None
         self._replaced = Replaced(model, self._attend)
         self._hook = register_optimizer_step_post_hook(self._after_step)
 
@@ -144,16 +139,17 @@ class AcceleratedAttention:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """The registered function: ``query`` (B, H, L, d), ``key`` and ``value`` (B, H / g, L, .), output (B, L, H, d_v)."""
-        if self._stepped and module.training and not _in_backward():
+        if self._stepped and module.training and not in_backward():
             for layer in self._layers.values():
-                layer.advance(self.steps, self.refresh)
+                layer.advance()
             self.steps, self._stepped = self.steps + 1, False
+            plan(self._layers.values(), self._budget, self.steps)
 
         def exact(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
             return self._replaced.exact(module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
         known = self._layers.get(module)
-        plain = self._plain(module, query, key, attention_mask, dropout, kwargs)
+        plain = self._support(module, query, key, attention_mask, dropout, kwargs)
         if known is None or isinstance(plain, str):
             name, reason = ("?", "unknown layer") if known is None else (known.name, str(plain))
             self._count(name, {reason: key.shape[1]})
@@ -167,7 +163,9 @@ class AcceleratedAttention:
             out, weights = exact(query, key, value)
         else:
             out = self._join(parts, given, exact)
-        if module.training and torch.is_grad_enabled() and self.steps >= known.due:
+        if module.training and not in_backward():  # a reentrant checkpoint's first pass is without gradients
+            known.book(reasons, [part is not None for part in parts], given, self._budget)
+        if module.training and torch.is_grad_enabled() and known.asks:
             known.require_finite(given)
             out = observe(out, given, lambda given, grad: self._measure(known, given, grad))
         return out, weights
@@ -182,56 +180,29 @@ class AcceleratedAttention:
             done |= zip(rest, out.split(given.group, 2), strict=True)
         return torch.cat([done[head] for head in range(len(parts))], 2)
 
-    def _plain(
-        self, module: nn.Module, query: Tensor, key: Tensor, mask: Any, dropout: float, kwargs: dict[str, Any]
-    ) -> Plain | str:
-        """What is attended to, where an approximation may do that, or the reason why none may."""
-        length, window, causal = key.shape[2], kwargs.get("sliding_window"), kwargs.get("is_causal")
-        given = {name for name, value in kwargs.items() if value is not None and value is not False} - _IGNORED
-        reasons = {
-            "evaluation": not (module.training or self.evaluate),
-            "cache": query.shape[2] != length,
-            "short": length < self.min_length,
-            "dropout": dropout > 0,
-            "softcap": "softcap" in given,
-            "attention bias": "position_bias" in given,
-            "sliding window": window is not None and window <= length,
-            f"argument {', '.join(sorted(given))}": bool(given),
-            "mask": mask is not None and not isinstance(mask, Tensor),
-        }
-        if (reason := next((reason for reason, holds in reasons.items() if holds), None)) is not None:
-            return reason
-        causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
-        found = self._understood(mask, causal, len(query), length)
-        if found is None:
-            return "mask"
-        return found if found.shortest >= self.min_length else "short"
-
-    def _understood(self, mask: Tensor | None, causal: bool, batch: int, length: int) -> Plain | None:
-        """:func:`plain`, asked once about the one mask that all layers of a pass share."""
-        if mask is None:
-            return plain(None, causal=causal, batch=batch, length=length)
-        if self._mask is None or self._mask[0]() is not mask:
-            self._mask = ref(mask), plain(mask, causal=causal, batch=batch, length=length)
-        return self._mask[1]
-
     def _measure(self, layer: Layer, given: Tensors, grad: Tensor | None) -> None:
-        layer.measure(given, grad, cost=self._cost_of, eps=self.eps, hysteresis=self.hysteresis, seed=self.seed)
+        layer.measure(
+            given,
+            grad,
+            budget=self._budget,
+            calibrate=self._calibrate,
+            step=self.steps,
+            refresh=self.refresh,
+            eps=self.eps,
+            hysteresis=self.hysteresis,
+            seed=self.seed,
+        )
 
-    def _cost_of(self, given: Tensors) -> CostModel:
-        if self.cost is not None:
-            return self.cost
-        q, d_v, group, causal = given.query, given.value.shape[-1], given.group, given.plain.causal
-        place = (q.shape[-1], d_v, group, causal, str(q.device), str(q.dtype))
-        if place not in self._costs:
-            with torch.enable_grad():
-                self._costs[place] = calibrate(
-                    q.shape[-1], d_v, group=group, causal=causal, device=q.device, dtype=q.dtype
-                )
-        return self._costs[place]
+    @staticmethod
+    def _calibrate(given: Tensors) -> CostModel:
+        q, d_v = given.query, given.value.shape[-1]
+        with torch.enable_grad():
+            return calibrate(
+                q.shape[-1], d_v, group=given.group, causal=given.plain.causal, device=q.device, dtype=q.dtype
+            )
 
     def _count(self, name: str, ran: dict[str, int]) -> None:
-        if not _in_backward():  # a recomputed pass has been counted
+        if not in_backward():  # a recomputed pass has been counted
             self.log.setdefault(name, Counter()).update(ran)
 
     @property
@@ -240,47 +211,40 @@ class AcceleratedAttention:
         return sum(self.log.values(), Counter())
 
     def report(self) -> dict[str, Any]:
-        """What ran and why, in key heads x passes, and the fit in force of every measured head; plain values."""
-        heads = [
-            {"layer": layer.name, "head": head, "choice": chosen.reason, "error": chosen.error, "accelerated": used}
-            for layer in self._layers.values()
-            for head, chosen in sorted(layer.fits.items())
-            for used in [chosen.approximation is not None]
-        ]
-        layers = {name: dict(ran) for name, ran in self.log.items()}
-        return {"eps": self.eps, "steps": self.steps, "ran": dict(self.totals), "layers": layers, "heads": heads}
+        """What ran and why, in key heads x passes, every head's fit and place in the queue, and the account; plain values."""
+        return {
+            "eps": self.eps,
+            "steps": self.steps,
+            "budget": self._budget.report(),
+            "ran": dict(self.totals),
+            "layers": {name: dict(ran) for name, ran in self.log.items()},
+            "heads": [head for layer in self._layers.values() for head in layer.report(self.steps)],
+        }
 
     def summary(self) -> str:
         """The report for people: how much of the attention ran how, and why."""
-        heads, ran = self.report()["heads"], self.totals
-        accelerated = sum(head["accelerated"] for head in heads)
-        lines = [f"attention within {self.eps:g}: {accelerated} of {len(heads)} key heads measured are accelerated"]
-        lines += [f"  {100 * times / ran.total():5.1f} %  {what}" for what, times in ran.most_common()]
-        return "\n".join(lines)
+        return summary(self.report())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides, as tensors and plain values; with it a run continues to the same bits."""
         return {
             "steps": self.steps,
             "stepped": self._stepped,
-            "layers": {layer.name: layer.state() for layer in self._layers.values() if layer.measured or layer.fits},
-            "costs": [(place, asdict(cost)) for place, cost in self._costs.items()],
+            "layers": {layer.name: layer.state() for layer in self._layers.values() if layer.lengths},
+            "budget": self._budget.state(),
             "log": {name: dict(ran) for name, ran in self.log.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`. Raises :class:`ArtifactError` where the layers differ."""
+        """Continue from :meth:`state_dict`. Raises :class:`ArtifactError` for the state of other layers or an earlier version."""
+        if "budget" not in state:
+            raise ArtifactError("the attention state was saved before measurements had a budget: start the run anew")
         own = {layer.name: layer for layer in self._layers.values()}
         if strangers := sorted(state["layers"].keys() - own.keys()):
             raise ArtifactError(f"the attention state is of another model: this one has no layer {strangers[0]}")
         device = next(self.model.parameters()).device
         for name, stored in state["layers"].items():
             own[name].restore(stored, device)
-        self._costs = {tuple(place): CostModel(**cost) for place, cost in state["costs"]}
+        self._budget.restore(state["budget"])
         self.steps, self._stepped = state["steps"], state["stepped"]
         self.log = {name: Counter(ran) for name, ran in state["log"].items()}
-
-
-def _in_backward() -> bool:
-    """Whether this is a forward pass that a checkpoint repeats inside a backward pass."""
-    return bool(torch._C._current_graph_task_id() != -1)

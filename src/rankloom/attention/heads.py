@@ -2,77 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from rankloom.attention.agenda import Turn
+from rankloom.attention.budget import Budget, Place, promise
+from rankloom.attention.calls import Tensors, wide
 from rankloom.attention.cost import CostModel
 from rankloom.attention.fitting import Fit, Sample, fit
-from rankloom.attention.masks import Plain
 from rankloom.errors import AttentionError
 
-__all__ = ["Layer", "Tensors", "observe"]
+__all__ = ["Layer"]
 
-_FIRST = Fit("not measured yet")
-
-
-@dataclass(frozen=True)
-class Tensors:
-    """One call: ``query`` (B, H, L, d), ``key`` (B, H / g, L, d), ``value`` (B, H / g, L, d_v), what they attend to."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    plain: Plain
-    scale: float
-
-    @property
-    def group(self) -> int:
-        """Query heads a key head."""
-        return self.query.shape[1] // self.key.shape[1]
-
-    def queries(self, head: int) -> slice:
-        """The query heads of a key head."""
-        return slice(head * self.group, (head + 1) * self.group)
-
-    def sequence(self, head: int, row: int) -> tuple[Tensor, Tensor, Tensor]:
-        """``q`` (g, n, d), ``k`` (n, d), ``v`` (n, d_v) of a head in a batch row, without padding, in float32 at least."""
-        at = slice(*self.plain.ranges[row])
-        parts = self.query[row, self.queries(head), at], self.key[row, head, at], self.value[row, head, at]
-        q, k, v = (_wide(part) for part in parts)
-        return q, k, v
+_PLAIN = ("measured", "place", "lengths", "wanted")
 
 
 @dataclass
 class Layer:
-    """``fits`` are in force, by key head; ``found`` come into force with the next optimizer step; ``due`` is the step from which
-    on a measurement is wanted, ``measured`` whether this step has made it."""
+    """``fits`` are in force, by key head; ``found`` come into force with the next optimizer step.
+
+    ``turns`` are the heads' places in the queue for measurements, empty until the first look at them; ``wanted`` the heads to
+    be measured in this step and the seconds that each may take, ``measured`` whether that has been done. ``place`` and
+    ``lengths`` are those of the last training pass.
+    """
 
     name: str
     index: int
-    due: int = 0
     measured: bool = False
+    place: Place = (0, 0, 0, False, "", "")
+    lengths: tuple[int, ...] = ()
+    turns: dict[int, Turn] = field(default_factory=dict)
+    wanted: dict[int, float] = field(default_factory=dict)
     fits: dict[int, Fit] = field(default_factory=dict)
     found: dict[int, Fit] = field(default_factory=dict)
 
-    def advance(self, step: int, refresh: int) -> None:
-        """``step`` is over."""
-        if self.measured:
-            self.due, self.measured = step + refresh, False
+    @property
+    def asks(self) -> bool:
+        """Whether this step measures, or takes the first look."""
+        return bool(self.wanted) or not self.turns or self.measured
+
+    def advance(self) -> None:
+        """A step is over."""
+        self.measured = False
         self.fits.update(self.found)
         self.found = {}
+
+    def lapse(self, head: int) -> None:
+        """No longer use a fit whose certificate is out of date."""
+        if (chosen := self.fits.get(head)) is not None and chosen.approximation is not None:
+            del self.fits[head]
+
+    def waiting(self, head: int) -> str:
+        """Why a head has no fit."""
+        turn = self.turns.get(head)
+        return f"put off: {turn.waits}" if turn is not None and turn.waits else "not measured yet"
 
     def attend(self, head: int, given: Tensors, *, training: bool) -> tuple[Tensor | None, str]:
         """One key head's output (B, L, g, d_v) and by which factor it was made; or no output, and the reason.
 
         Padded positions get zeros. Raises :class:`AttentionError` where the inputs are NaN or infinite.
         """
-        chosen = self.fits.get(head, _FIRST)
+        chosen = self.fits.get(head)
+        if chosen is None:
+            return None, self.waiting(head)
         approximation, plain = chosen.approximation, given.plain
         if approximation is None:
             return None, chosen.reason
@@ -90,10 +87,23 @@ class Layer:
                 if not bool(((denominators > 0) & denominators.isfinite()).all()):
                     self.require_finite(given)
                     if training:
-                        self.found[head] = Fit("denominator")
+                        self.found[head], self.turns[head].failures = Fit("denominator"), 1
                     return None, "denominator"
                 outs.append(F.pad(out, (0, 0, start, given.key.shape[2] - stop)))
             return torch.stack(outs).transpose(1, 2).to(dtype), chosen.reason
+
+    def book(self, reasons: Sequence[str], used: Sequence[bool], given: Tensors, budget: Budget) -> None:
+        """Enter a training pass into the accounts: what exact attention would have taken, and what the heads ``used`` saved."""
+        self.place, self.lengths = given.place, given.lengths
+        budget.ran(self.place, self.lengths, len(used))
+        cost = budget.model(self.place)
+        for head, (reason, saves) in enumerate(zip(reasons, used, strict=True)):
+            tried = saves or (reason == "denominator" and self.fits[head].approximation is not None)
+            if tried and cost is not None:
+                turn = self.turns[head]
+                saved = sum(saves * cost.exact(n) - turn.rate * n for n in self.lengths)
+                turn.saved += saved
+                budget.saved += saved
 
     @torch.no_grad()
     def measure(
@@ -101,33 +111,57 @@ class Layer:
         given: Tensors,
         grad: Tensor | None,
         *,
-        cost: Callable[[Tensors], CostModel],
+        budget: Budget,
+        calibrate: Callable[[Tensors], CostModel],
+        step: int,
+        refresh: int,
         eps: float,
         hysteresis: float,
         seed: int,
     ) -> None:
-        """Fit every head to one training pass, ``grad`` (B, L, H, d_v) being the gradient of the layer's output."""
+        """Fit the wanted heads to one training pass, ``grad`` (B, L, H, d_v) being the gradient of the layer's output."""
         if self.measured or not (grad is None or (bool(grad.isfinite().all()) and bool(grad.any()))):
             return  # a gradient that overflowed or vanished says nothing: the next step is asked
         self.measured = True
+        first = not self.turns
+        if first:
+            self.turns = {head: Turn(due=step) for head in range(given.key.shape[1])}
         with torch.autocast(given.query.device.type, enabled=False):
-            for head in range(given.key.shape[1]):
+            for head in self.turns if first else self.wanted:
+                turn = self.turns[head]
+                # A generator of its own, as layers come in no particular order.
+                generator = torch.Generator().manual_seed(hash((seed, step, self.index, head)))
+                if first:
+                    q, k, _ = given.sequence(head, 0)
+                    turn.promised = promise(q.flatten(0, 1), k, given.scale, eps, generator)
+                cost = budget.admit(
+                    given.place,
+                    given.lengths,
+                    budget.balance if first else self.wanted[head],
+                    lambda: calibrate(given),
+                    steps=step,
+                    features=turn.promised if first else 0,
+                )
+                if isinstance(cost, str):
+                    turn.waits = cost
+                    continue
                 samples = []
                 for row, ends in enumerate(given.plain.ranges):
-                    g = None if grad is None else _wide(grad[row, slice(*ends), given.queries(head)].transpose(0, 1))
+                    g = None if grad is None else wide(grad[row, slice(*ends), given.queries(head)].transpose(0, 1))
                     samples.append(Sample(*given.sequence(head, row), g))
-                # A generator of its own, as layers come in no particular order.
-                generator = torch.Generator().manual_seed(hash((seed, self.due, self.index, head)))
-                self.found[head] = fit(
+                found = self.found[head] = fit(
                     samples,
                     scale=given.scale,
                     causal=given.plain.causal,
                     eps=eps,
-                    cost=cost(given),
+                    cost=cost,
                     before=self.fits.get(head),
                     hysteresis=hysteresis,
                     generator=generator,
                 )
+                budget.pay(cost, given.lengths, found, eps)
+                budget.trusted &= not turn.promised or found.approximation is not None
+                turn.measured(found, step=step, refresh=refresh, eps=eps, length=max(given.lengths))
 
     def require_finite(self, given: Tensors) -> None:
         """Raises :class:`AttentionError` for NaN or infinity outside padding."""
@@ -138,44 +172,32 @@ class Layer:
                     "model's weights and inputs"
                 )
 
+    def report(self, step: int) -> list[dict[str, Any]]:
+        """Of every head its fit, and when it will be measured or why it is not."""
+        rows = []
+        for head, turn in sorted(self.turns.items()):
+            chosen = self.fits.get(head) or Fit(self.waiting(head))
+            backs_off = "back-off" if turn.failures and turn.due > step else ""
+            row = {"layer": self.name, "head": head, "choice": chosen.reason, "error": chosen.error}
+            row |= {"accelerated": chosen.approximation is not None, "measurements": turn.measurements}
+            rows.append(row | {"due": turn.due, "put_off": turn.waits or backs_off})
+        return rows
+
     def state(self) -> dict[str, Any]:
         """Everything that decides, as tensors and plain values."""
         fits, found = ({head: chosen.state() for head, chosen in table.items()} for table in (self.fits, self.found))
-        return {"due": self.due, "measured": self.measured, "fits": fits, "found": found}
+        turns = {head: asdict(turn) for head, turn in self.turns.items()}
+        plain = {name: getattr(self, name) for name in _PLAIN}
+        return {**plain, "turns": turns, "fits": fits, "found": found}
 
     def restore(self, state: dict[str, Any], device: torch.device) -> None:
         """Continue from :meth:`state`."""
-        self.due, self.measured = state["due"], state["measured"]
+        for name in _PLAIN:
+            setattr(self, name, state[name])
+        self.turns = {head: Turn(**turn) for head, turn in state["turns"].items()}
         for table, stored in ((self.fits, state["fits"]), (self.found, state["found"])):
+            table.clear()
             table.update({head: Fit.restore(each, device) for head, each in stored.items()})
-
-
-def observe(out: Tensor, given: Tensors, measure: Callable[[Tensors, Tensor | None], None]) -> Tensor:
-    """``out``, with ``measure(given, gradient of out)`` called when that gradient comes; at once where none will come."""
-    if not out.requires_grad:
-        measure(given, None)
-        return out
-    watched: Tensor = _Observe.apply(out, given.query, given.key, given.value, given.plain, given.scale, measure)
-    return watched
-
-
-class _Observe(torch.autograd.Function):
-    """The identity on ``out``. Its saved tensors are those that attention saves; a checkpoint drops and recomputes both."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, out: Tensor, query: Tensor, key: Tensor, value: Tensor, plain: Plain, scale: float, measure: Any
-    ) -> Tensor:
-        ctx.save_for_backward(query, key, value)
-        ctx.rest = plain, scale, measure
-        return out.view_as(out)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (query, key, value), (plain, scale, measure) = ctx.saved_tensors, ctx.rest
-        measure(Tensors(query, key, value, plain, scale), grad)
-        return grad, None, None, None, None, None, None
 
 
 def _shift_invariant(k: Tensor) -> Tensor:
@@ -189,7 +211,3 @@ def _shift_invariant(k: Tensor) -> Tensor:
     k = k.view_as(k)
     k.register_hook(lambda grad: grad - grad.mean(0))
     return k
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -25,6 +25,7 @@ class Limits(BaseModel):
     refresh: int = Field(default=50, ge=1, description="optimizer steps between two measurements")
     hysteresis: float = Field(default=2.0, ge=1, description="what failed must be this much better than eps to return")
     min_length: int = Field(default=2048, ge=1, description="shorter sequences are always exact")
+    budget: float = Field(default=0.04, ge=0, description="share of exact attention's time that measuring may take")
 
 
 class Attention(BaseModel):

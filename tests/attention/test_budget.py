@@ -1,0 +1,149 @@
+"""What measuring may cost: the account against sums by hand, the look against the Poisson tail of scipy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import ceil, comb
+
+import pytest
+import torch
+from scipy.stats import poisson
+
+from rankloom.attention.budget import Budget, Place, calibration_pairs, promise, search_seconds, too_short
+from rankloom.attention.cost import KINDS, CostModel
+from rankloom.attention.fitting import Fit
+from rankloom.attention.precondition import Preconditioner
+
+PLACE: Place = (16, 16, 1, True, "cpu", "torch.float32")
+# Exact attention takes L + L^2 / 1000 seconds, a factor of width w takes w L / 100.
+COST = CostModel((1.0, 1e-3), dict.fromkeys(KINDS, ((64, 0.0, 0.64), (6400, 0.0, 64.0))))
+
+
+def unused() -> CostModel:
+    raise AssertionError("nothing to calibrate")
+
+
+def account(share: float = 0.1, cost: CostModel | None = COST, refresh: int = 50) -> Budget:
+    return Budget(share, refresh, cost)
+
+
+def test_the_balance_is_a_share_of_exact_attention_and_half_of_what_was_saved() -> None:
+    budget = account()
+    budget.ran(PLACE, (1000, 3000), heads=2)
+    budget.ran(PLACE, (2000,), heads=1)
+    exact = 2 * (1000 + 1000 + 3000 + 9000) + 2000 + 4000
+    assert budget.exact == pytest.approx(exact)
+    budget.saved, budget.spent = 500.0, 70.0
+    assert budget.balance == pytest.approx(0.1 * exact + 250 - 70)
+
+
+def test_a_search_costs_all_screens_and_half_of_the_certificates() -> None:
+    # Widths 64 and 128 pay at 1000 tokens (2000 s): each is screened there, and half of two sequences certified.
+    one = 8 * len(KINDS) * (640 + 1280)
+    assert search_seconds(COST, (1000,)) == pytest.approx(1.5 * one)
+    assert search_seconds(COST, (1000, 500)) == pytest.approx((1 + 0.5 * 1.5) * one)
+    assert search_seconds(COST, (1000,), certified=False) == pytest.approx(one)
+    assert search_seconds(COST, (1000,), within=1279) == pytest.approx(1.5 * 8 * len(KINDS) * 640)
+    # Long ones are screened on every fourth of 4200 tokens; 512 is the widest that pays (4200 + 17640 s).
+    screens = 8 * len(KINDS) * (64 + 128 + 256 + 512) / 100 * 1050
+    assert search_seconds(COST, (4200,), certified=False) == pytest.approx(screens)
+    assert search_seconds(replace(COST, group=3), (1000,)) == pytest.approx(1.5 * one / 2)
+
+
+def test_what_a_measurement_found_decides_what_is_booked() -> None:
+    for found, wanted in (
+        (Fit("certificate", error=0.5), search_seconds(COST, (1000,), certified=False)),
+        (Fit("certificate", error=0.05), search_seconds(COST, (1000,))),
+        (Fit("mehler 64", object(), error=1e-3, seconds=640.0), search_seconds(COST, (1000,), within=640)),  # type: ignore[arg-type]
+        (Fit("isotropic 17", object(), error=1e-3, seconds=170.0), 8 * 170.0),  # type: ignore[arg-type]
+    ):
+        budget = account()
+        budget.pay(COST, (1000,), found, eps=1e-2)
+        assert budget.spent == wanted > 0
+
+
+def test_heads_below_every_break_even_length_are_not_measured() -> None:
+    slow = CostModel((0.0, 1e-3), dict.fromkeys(KINDS, ((64, 0.0, 1.0),)))  # L against L^2 / 1000
+    assert too_short(slow, (999,)) and not too_short(slow, (1001,)) and not too_short(slow, (300, 1001))
+    budget = account(share=1e9, cost=slow)
+    budget.ran(PLACE, (999,), 1)
+    assert budget.admit(PLACE, (999,), budget.balance, unused) == "length"
+    assert budget.admit(PLACE, (1001,), budget.balance, unused) is slow
+    assert budget.spent == 0
+
+
+def test_an_allowance_admits_what_it_covers() -> None:
+    budget, price = account(), search_seconds(COST, (1000,))
+    assert budget.admit(PLACE, (1000,), 0.999 * price, unused) == "budget"
+    assert budget.admit(PLACE, (1000,), price, unused) is COST
+
+
+def test_calibration_waits_until_its_share_has_run_and_is_paid_for() -> None:
+    budget, asked = account(cost=None, share=0.25), []
+    length = 10_000
+    passes = ceil(calibration_pairs(PLACE) / 0.25 / length**2)
+
+    def calibrate() -> CostModel:
+        asked.append(1)
+        return COST
+
+    for _ in range(passes - 1):
+        budget.ran(PLACE, (length,), 1)
+    assert budget.exact == 0.0  # nobody knows yet
+    assert budget.admit(PLACE, (length,), 1e12, calibrate) == "calibration" and not asked
+    budget.ran(PLACE, (length,), 1)
+    assert budget.calibrates(PLACE)
+    # What is left does not pay for the search as well.
+    assert budget.admit(PLACE, (length,), 1e12, calibrate) in ("budget", COST) and asked == [1]
+    assert budget.spent == pytest.approx(1e-3 * calibration_pairs(PLACE))
+    assert budget.spent <= 0.25 * budget.exact
+    assert budget.admit(PLACE, (length,), 1e12, calibrate) is COST and asked == [1]
+    other: Place = (*PLACE[:4], "cuda:0", PLACE[5])
+    assert calibration_pairs(other) > 100 * calibration_pairs(PLACE)
+
+
+def test_an_advance_for_a_calibration_is_lent_against_half_a_refresh_period() -> None:
+    length = 20_000
+    enough = ceil(2 * calibration_pairs(PLACE) / length**2)  # one pass a step
+    for refresh in (enough, enough - 1):
+        budget = account(cost=None, share=0.0, refresh=refresh)
+        budget.ran(PLACE, (length,), 1)
+        assert budget.admit(PLACE, (length,), 0.0, unused) == "calibration"
+        budget.trusted = False
+        assert budget.admit(PLACE, (length,), 0.0, unused, features=17) == "calibration"
+        budget.trusted = True
+        lent = budget.admit(PLACE, (length,), 0.0, lambda: COST, features=17)
+        assert (lent == "calibration") == (refresh < enough)
+        assert budget.spent == (0.0 if refresh < enough else pytest.approx(1e-3 * calibration_pairs(PLACE)))
+
+
+def test_an_advance_for_a_search_is_lent_as_long_as_there_is_trust() -> None:
+    # Screens and one certificate of width 64 (640 s each, in every kind), against 2000 s of exact attention a step.
+    refresh = ceil(2 * 8 * (len(KINDS) + 1) * 640 / 2000)
+    assert account(refresh=refresh).admit(PLACE, (1000,), 0.0, unused, features=64) is COST
+    assert account(refresh=refresh - 1).admit(PLACE, (1000,), 0.0, unused, features=64) == "budget"
+    assert account(refresh=refresh).admit(PLACE, (1000,), 0.0, unused) == "budget"
+    doubted = account(refresh=refresh)
+    doubted.trusted = False
+    assert doubted.admit(PLACE, (1000,), 0.0, unused, features=64) == "budget"
+
+
+def test_the_account_survives_its_state() -> None:
+    budget = account(cost=None)
+    budget.ran(PLACE, (30_000,), 2)
+    budget.costs[PLACE] = COST
+    budget.saved, budget.spent, budget.trusted = 3.0, 4.0, False
+    again = account(cost=None)
+    again.restore(budget.state())
+    assert (again.balance, again.trusted, again.passes) == (budget.balance, False, budget.passes)
+
+
+@pytest.mark.parametrize("size", [0.05, 0.2, 0.5, 1.0, 3.0])
+@pytest.mark.parametrize("length", [64, 600, 4096])
+def test_the_look_is_the_tail_of_a_poisson_law(size: float, length: int) -> None:
+    q, k = (size**0.5 * torch.randn(length, 4, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    spectrum = Preconditioner.fit(q, k, 0.5, rows=256, generator=torch.Generator().manual_seed(2)).spectrum
+    variance = float(spectrum.square().sum())
+    degree = next((g for g in range(1, 9) if poisson.sf(g, variance) <= 1e-6), None)
+    features = comb(4 + degree, degree) if degree is not None else length
+    assert promise(q, k, 0.5, 1e-2, torch.Generator().manual_seed(2)) == (features if 4 * features <= length else 0)
