@@ -2,7 +2,8 @@
 
 Claims: over 200 heads with true relative errors <= 3e-2 the limit is at or above the truth in >= 95 %, for the output, for
 dQ, dK, dV, and for the six factor gradients dA, dB of adapters on q, k and v; the median limit is within 1.3 of the
-truth; and a certificate costs <= 10 % of an exact forward and backward pass at L = 32768.
+truth (so it is for the output and dQ; sums over rows, of which a few say less, get 1.6 to 2.8); and a certificate
+costs <= 10 % of an exact forward and backward pass at L = 32768.
 
 A random head has d of 8 to 64, one or two query heads, Gaussian, uniform or heavy-tailed (Student, 6 degrees) queries and
 keys of a spectrum ``i^-p``, off centre, with rows of equal or unequal norms, logits of standard deviation 0.05 to 0.6, and an
@@ -10,7 +11,8 @@ output gradient of independent rows of equal or unequal norms, with or without a
 adapters have rank 8 and the input X = [Q, K, V] (the projections select columns). Of one kind of factor, drawn too, it takes
 the narrowest that is within a target drawn from [3e-3, 3e-2] on the output, dQ, dK and dV; a head for which no width is, is
 drawn again. A factor gradient counts where its own true error is <= 3e-2; how the limit does above that is given apart, as
-a large one has to mean "reject" and not "so much". The truth is SDPA on all rows, in float32.
+a large one has to mean "reject" and not "so much". The truth is SDPA on all rows, in float32: below
+1e-6 it is its own rounding and the engine's, which no row shows; misses there are told apart.
 
     python bench/limits_certificate.py --json bench/results/limits_certificate.json
 """
@@ -20,6 +22,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
@@ -39,7 +42,7 @@ from rankloom.attention.projection import Projection
 from rankloom.attention.trial import Head
 from rankloom.kernels.lowrank import Linear
 
-LIMIT = 3e-2
+LIMIT, ROUNDING = 3e-2, 1e-6
 WIDEST = 1024
 NAMES = ["output", "dQ", "dK", "dV", *(f"d{f}_{n}" for n in "qkv" for f in "AB")]
 
@@ -254,7 +257,8 @@ def main() -> None:
         print(f"\n{len(heads)} heads of {seed} drawn, L={args.length}, {args.rows} rows")
         columns = ["quantity", "mask", "heads", "covered", "coverage", "limit/truth", "estimate/truth"]
         table(result["coverage"]["quantities"], [*columns, "above", "above, rejected"])
-        print("\nwhere the limit is below the truth")
+        below = Counter(m["quantity"] for m in result["coverage"]["misses"] if m["true"] < ROUNDING)
+        print(f"\nwhere the limit is below the truth; of these with a truth below {ROUNDING:g}: {dict(below)}")
         shown = [
             "quantity",
             "kind",

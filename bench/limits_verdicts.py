@@ -12,7 +12,8 @@ process. The measurement is made on a third, with the seconds of forward and bac
   nothing of the cost model: every degree, widths doubling, up to as many features as tokens (half as many where causal, and
   of landmarks). All that are found are timed.
 
-Speed-ups between 0.9 and 1.1 are marked close: the verdict then hardly matters, but counts all the same.
+Speed-ups between 0.9 and 1.1 are marked close: the verdict then hardly matters, but counts all the same. A run keeps
+the rows of an earlier result that it does not measure.
 
     python bench/limits_verdicts.py --json bench/results/limits_verdicts.json
 """
@@ -29,7 +30,7 @@ from typing import Any
 
 import torch
 
-from common import interleaved, provenance, ratios, table, write
+from common import earlier, interleaved, provenance, ratios, table, write
 from limits_phase import approximate, exact
 from rankloom.attention.contract import Factor
 from rankloom.attention.cost import KINDS, CostModel, Kind, calibrate
@@ -216,12 +217,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     settings = [(False, n) for n in args.lengths] + [(True, n) for n in args.causal_lengths]
-    result: dict[str, Any] = {"provenance": provenance(), "eps": args.eps, "calibration_seconds": {}, "rows": []}
+    result: dict[str, Any] = {"runs": {}, "rows": [], **earlier(args.json)}
     for (causal, length), dim in product(settings, args.dims):
         begin = time.process_time()
         cost = calibrate(dim, causal=causal)
-        if spent := time.process_time() - begin:
-            result["calibration_seconds"].setdefault(f"d={dim}{', causal' if causal else ''}", spent)
+        spent = time.process_time() - begin
+        run = f"d={dim}, L={length}{', causal' if causal else ''}"
+        result["runs"][run] = {"provenance": provenance(), "eps": args.eps, "calibration_seconds": spent}
+        result["rows"] = [r for r in result["rows"] if (r["dim"], r["causal"], r["length"]) != (dim, causal, length)]
         for spectrum, std in product(args.spectra, args.stds):
             row = judge(Planted(dim, spectrum, std, causal, length), cost, args.eps, args.repeats)
             result["rows"].append(row)
