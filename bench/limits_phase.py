@@ -1,14 +1,15 @@
 """The phase transition of nearly-linear attention gradients: what error costs, against the entries' bound B, the length L and d.
 
 A head has independent entries uniform in [-B, B] and logits q k^T / sqrt(d), an output gradient of independent normal entries.
-Three parts, each kept from an earlier result where it is not run again:
+Four parts, each kept from an earlier result where it is not run again:
 
 - degree: the smallest Taylor degree at which the output, and the worst of dQ, dK, dV, have a relative Frobenius error below
   1e-2, 1e-3 and 1e-6, and the features it takes; dense, in float64.
 - time: forward and backward of exact attention (SDPA, padded to 16 where d < 16) and of the factor of every degree that
-  a gradient error of 1e-2 asks for, in turn, at each length; CPU seconds of one thread, medians; their growth exponents in L; and
-  the errors the certificate finds for each B at its degree. Factors wider than --max-width are not run: their time is taken
-  as proportional to L times the features, from the widest one measured at that d and L, and marked as extrapolated.
+  a gradient error of 1e-2 asks for, in turn, at each length; CPU seconds of one thread, medians; their growth exponents in L.
+  Factors wider than --max-width are not run: their time is taken as proportional to L times the features, from the widest one
+  measured at that d and L, and marked as extrapolated.
+- error: what those factors' output and worst gradient are off by at lengths beyond the dense ones, against SDPA on all rows.
 - phase: the speed-up at gradient error 1e-2 over B and L for each d, and for each B and d the length from which it exceeds 1.
 
 Claim: below a bound that falls with d the factor wins from some length on, and its time grows as L^1.1 or less where exact
@@ -32,14 +33,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import earlier, interleaved, provenance, ratios, table, write
-from rankloom.attention.certificate import certify
 from rankloom.attention.exact import attention_gradients, attention_weights
 from rankloom.attention.factored import Factored
 from rankloom.attention.polynomial import Isotropic
 from rankloom.attention.precondition import Preconditioner
+from rankloom.attention.trial import Head, errors
 
 EPS = (1e-2, 1e-3, 1e-6)
 MOST = 100  # degrees tried
+PARTS = ["degree", "time", "error"]
 
 
 def head(bound: float, length: int, dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -110,7 +112,7 @@ def approximate(approximation: Factored, leaves: tuple[Tensor, ...], grad: Tenso
 
 
 def times(dim: int, length: int, degree_of: dict[float, int], args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of exact attention and of each degree; errors of each bound at its degree."""
+    """Seconds of exact attention and of each degree."""
     bounds = {d: b for b, d in degree_of.items() if math.comb(dim + d, d) <= args.max_width}  # one bound a degree
     *leaves, grad = head(min(degree_of), length, dim)
     inputs = tuple(t.requires_grad_() for t in leaves)
@@ -118,15 +120,24 @@ def times(dim: int, length: int, degree_of: dict[float, int], args: argparse.Nam
     for degree, bound in sorted(bounds.items()):
         approximation, (*own, pull) = factored(bound, length, dim, degree, args.causal)
         variants[str(degree)] = approximate(approximation, tuple(t.requires_grad_() for t in own), pull)
-    measured = ratios(interleaved(variants, args.repeats), "exact")
-    errors = {}
-    for bound, degree in degree_of.items():
-        if degree in bounds:
-            approximation, (q, k, v, pull) = factored(bound, length, dim, degree, args.causal)
-            found = certify(approximation, q[None], k, v, grad=pull[None], generator=torch.Generator().manual_seed(0))
-            errors[str(bound)] = {"out": found.error, "out_upper": found.upper, "reason": found.reason}
-            errors[str(bound)] |= {name: e.error for name, e in found.gradients.items() if name == "dQ"}
-    return {"d": dim, "L": length, "seconds": {n: m["seconds"] for n, m in measured.items()}, "errors": errors}
+    rounds = max(2, min(args.repeats, args.repeats * 8192 // length))
+    measured = ratios(interleaved(variants, rounds), "exact")
+    seconds = {n: m["seconds"] for n, m in measured.items()}
+    spread = {n: [m["ratio_low"], m["ratio_high"]] for n, m in measured.items()}
+    return {"d": dim, "L": length, "rounds": rounds, "seconds": seconds, "ratio_quartiles": spread}
+
+
+def deviations(dim: int, length: int, degree_of: dict[float, int], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """True errors of every degree that was run, on the head of the largest bound that asks for it."""
+    rows = []
+    for degree, bound in sorted({degree: bound for bound, degree in sorted(degree_of.items())}.items()):
+        if (width := math.comb(dim + degree, dim)) <= args.max_width:
+            approximation, (q, k, v, grad) = factored(bound, length, dim, degree, args.causal)
+            whole = Head(q[None], k, v, grad[None], approximation.scale, args.causal)
+            found = errors(approximation, whole)
+            row = {"d": dim, "L": length, "B": bound, "degree": degree, "width": width}
+            rows.append(row | {"output": found.output, "gradient": found.gradients})
+    return rows
 
 
 def growth(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -192,7 +203,7 @@ def figure(result: dict[str, Any], path: str) -> None:
     cells, rows, fitted = result["phase"]["rows"], result["time"]["rows"], result["time"]["growth"]
     dims = sorted({c["d"] for c in cells})
     plot, axes = plt.subplots(
-        2, max(len(dims), 2), figsize=(4.6 * max(len(dims), 2), 8.4), squeeze=False, layout="constrained"
+        2, max(len(dims), 3), figsize=(4.6 * max(len(dims), 3), 8.4), squeeze=False, layout="constrained"
     )
     for ax in axes.flat:
         ax.set_visible(False)
@@ -205,22 +216,20 @@ def figure(result: dict[str, Any], path: str) -> None:
         ax.set_visible(True)
         image = ax.pcolormesh(edges(lengths), edges(bounds), values, cmap="RdBu", norm=TwoSlopeNorm(0, -4, 4))
         for c in own:
-            label = f"{c['speed_up']:.2g}" if c["speed_up"] >= 0.01 else "<.01"
+            label = f"{c['speed_up']:.{0 if c['speed_up'] >= 10 else 1 if c['speed_up'] >= 1 else 2}f}"
+            label = label if c["speed_up"] >= 0.01 else "<.01"
             slant, ink = (
                 ("italic" if c["extrapolated"] else "normal"),
                 ("white" if abs(math.log2(c["speed_up"])) > 2.5 else "k"),
             )
             ax.text(c["L"], c["B"], label, ha="center", va="center", fontsize=7, style=slant, color=ink)
-        ax.plot(
-            lengths, [math.log(x) ** 0.5 for x in lengths], "--", color="gold", linewidth=2, label=r"$\sqrt{\ln L}$"
-        )
+        ax.plot(lengths, [math.log(x) ** 0.5 for x in lengths], "--", color="gold", linewidth=2)
         ax.set(xscale="log", yscale="log", xlabel="length L", ylabel="entries' bound B", title=f"d = {dim}")
         plain(ax.yaxis, bounds)
         plain(ax.xaxis, lengths)
         ax.set_ylim(edges(bounds)[0], max(edges(bounds)[-1], 1.1 * math.log(lengths[-1]) ** 0.5))
-        ax.legend(loc="upper left", fontsize=8)
     plot.colorbar(image, ax=axes[0].tolist(), label=r"$\log_2$ speed-up at gradient error 1e-2")
-    left, right = axes[1, :2]
+    left, right, last = axes[1, :3]
     exponents = {(f["d"], f["variant"]): f["exponent"] for f in fitted}
     for colour, dim in enumerate(dims):
         own = sorted((r for r in rows if r["d"] == dim), key=lambda r: r["L"])
@@ -235,20 +244,46 @@ def figure(result: dict[str, Any], path: str) -> None:
             (r["R"], r["grad 1e-02"]) for r in result["degree"]["rows"] if r["d"] == dim and "grad 1e-02" in r
         )
         right.plot(*zip(*ladder, strict=True), "o-", color=f"C{colour}", label=f"d = {dim}")
+        bounds, lengths = zip(*borders(cells, dim), strict=True)
+        last.plot(bounds, lengths, "o-", color=f"C{colour}", label=f"d = {dim}")
+    line = torch.linspace(1.5, max(c["B"] for c in cells), 50)
+    last.plot(line, line.square().exp(), "--", color="gold", linewidth=2, label=r"$B = \sqrt{\ln L}$")
+    measured = {c["L"] for c in cells}
+    last.axhspan(min(measured), max(measured), color="0.9", zorder=0)
+    last.set(xscale="log", yscale="log", ylim=(1e2, 1e8), xlabel="entries' bound B", ylabel="length L")
+    last.set_title("The factor wins from L on (grey: measured)")
+    plain(last.xaxis, sorted({c["B"] for c in cells}))
     left.set(
         xscale="log", yscale="log", xlabel="length L", ylabel="CPU seconds, forward and backward", title="Growth in L"
     )
     right.set(xscale="log", yscale="log", xlabel="largest |logit| R", ylabel="degree for gradient error 1e-2")
     right.set_title("The degree follows R, hardly d")
-    for ax in (left, right):
+    for ax in (left, right, last):
         ax.set_visible(True)
         ax.legend(fontsize=7, framealpha=0.6)
     plain(left.xaxis, sorted({r["L"] for r in rows}))
     plain(right.yaxis, [2, 3, 5, 10, 20, 50])
-    plot.suptitle("Speed-up of polynomial attention gradients over exact ones (italic: extrapolated)")
+    plot.suptitle(
+        r"Speed-up of polynomial attention gradients over exact ones (italic: extrapolated; dashed: $B = \sqrt{\ln L}$)"
+    )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     plot.savefig(path, dpi=130, bbox_inches="tight")
     print(f"figure in {path}")
+
+
+def borders(cells: list[dict[str, Any]], dim: int) -> list[tuple[float, float]]:
+    """``B`` and the length at which the speed-up is 1: between two measured lengths, or beyond them by ``speed-up ~ L``."""
+    found = []
+    for bound in sorted({c["B"] for c in cells if c["d"] == dim}):
+        own = sorted((c["L"], c["speed_up"]) for c in cells if (c["d"], c["B"]) == (dim, bound))
+        crossing = next((pair for pair in pairwise(own) if pair[0][1] <= 1 < pair[1][1]), None)
+        if crossing is None:
+            length, speed_up = own[0] if own[0][1] > 1 else own[-1]
+            found.append((bound, length / speed_up))
+        else:
+            (low, slow), (high, fast) = crossing
+            found.append((bound, low * (high / low) ** (math.log(1 / slow) / math.log(fast / slow))))
+    return found
 
 
 def plain(axis: Any, values: list[float]) -> None:
@@ -269,13 +304,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", help="write the result here")
     parser.add_argument("--figure", help="draw the phase diagram here")
-    parser.add_argument("--parts", nargs="*", choices=["degree", "time"], default=["degree", "time"])
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
     parser.add_argument("--bounds", type=float, nargs="+", default=[0.25, 0.35, 0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0])
     parser.add_argument("--dims", type=int, nargs="+", default=[4, 16, 64])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768, 65536])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768])
     parser.add_argument("--dense-length", type=int, default=768, help="of the dense heads that the degrees come from")
+    parser.add_argument("--error-length", type=int, default=16384, help="longest that errors are measured at")
     parser.add_argument("--max-width", type=int, default=5000, help="features of the widest factor that is run")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="up to 8192 tokens; fewer in proportion beyond, 2 at least"
+    )
     parser.add_argument("--causal", action="store_true", help="time with a causal mask")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -287,14 +325,20 @@ def main() -> None:
         columns = ["d", "B", "R", "std", *(f"{n} {e:.0e}" for e in EPS for n in ("out", "grad", "width"))]
         table([{n: f"{x:.4g}" if n[:5] == "width" else x for n, x in row.items()} for row in rows], columns)
         write(args.json, result)
+    degree_of = {
+        dim: {
+            r["B"]: r["grad 1e-02"]
+            for r in result["degree"]["rows"]
+            if r["d"] == dim and r["B"] in args.bounds and "grad 1e-02" in r
+        }
+        for dim in args.dims
+    }
     if "time" in args.parts:
         result["time"] = {"provenance": provenance(), "causal": args.causal, "rows": []}
         rows = result["time"]["rows"]
         for dim in args.dims:
-            wanted = [r for r in result["degree"]["rows"] if r["d"] == dim and r["B"] in args.bounds]
-            degree_of = {r["B"]: r["grad 1e-02"] for r in wanted if "grad 1e-02" in r}
             for length in args.lengths:
-                rows.append(times(dim, length, degree_of, args))
+                rows.append(times(dim, length, degree_of[dim], args))
                 print(f"d={dim} L={length}", {n: round(s, 4) for n, s in rows[-1]["seconds"].items()}, flush=True)
                 result["time"]["growth"] = growth(rows)
                 cells = phase(result["degree"]["rows"], rows)
@@ -302,6 +346,14 @@ def main() -> None:
                 write(args.json, result)
         table(result["time"]["growth"], ["d", "variant", "lengths", "exponent"])
         table(summary(result["phase"]["rows"]), ["d", "B", "degree", *(f"L={n}" for n in args.lengths), "faster from"])
+    if "error" in args.parts:
+        lengths = [length for length in args.lengths if length <= args.error_length]
+        pairs = [(dim, length) for dim in args.dims for length in lengths]
+        rows = [row for dim, length in pairs for row in deviations(dim, length, degree_of[dim], args)]
+        result["error"] = {"provenance": provenance(), "causal": args.causal, "rows": rows}
+        columns = ["d", "B", "degree", "width", "L", "output", "gradient"]
+        table([{**row, **{n: f"{row[n]:.1e}" for n in columns[-2:]}} for row in rows], columns)
+        write(args.json, result)
     if args.figure:
         figure(result, args.figure)
 
