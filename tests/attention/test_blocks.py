@@ -17,7 +17,7 @@ from rankloom.attention.mehler import Mehler
 from rankloom.attention.nystrom import Nystrom
 from rankloom.attention.polynomial import Isotropic
 from rankloom.attention.precondition import Preconditioner
-from rankloom.errors import CompositionError, DataError, RecipeError
+from rankloom.errors import AttentionError, CompositionError, RecipeError
 
 DIM, VALUES, SCALE = 3, 5, 0.4
 Head = tuple[Tensor, Tensor, Tensor]
@@ -287,7 +287,7 @@ def test_bad_settings_and_shapes() -> None:
         BlockExact(p, Isotropic(4, 1), scale=SCALE)
     for part in (Windowed(p, factor, scale=SCALE, causal=True), BlockExact(p, factor, scale=SCALE)):
         for bad in ((q[0], k, v), (q, k[:-1], v), (q, k, v[:-1]), (q, k[None], v)):
-            with pytest.raises(DataError, match="pass one key head with its g query heads"):
+            with pytest.raises(AttentionError, match="pass one key head with its g query heads"):
                 part(*bad)
 
 
