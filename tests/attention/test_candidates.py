@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 from itertools import pairwise
-from math import comb
+from math import comb, inf
 
 import pytest
 import torch
 from torch import Tensor
 
-from rankloom.attention.candidates import CANDIDATES, KINDS, Kind
+from rankloom.attention.candidates import CANDIDATES, KINDS, Kind, hopeless
 from rankloom.attention.precondition import Preconditioner
 
 DIM, TOKENS, SCALE = 3, 600, 0.5
@@ -87,3 +87,19 @@ def test_the_share_is_that_of_the_keys_that_all_queries_meet(kind: Kind) -> None
     shared = getattr(CANDIDATES[kind].build(choice, preconditioner, causal=False), "_shared", None)
     met = 0 if shared is None else int(shared(k)[4:].sum())  # beside the sinks
     assert abs(met - CANDIDATES[kind].share * TOKENS) <= 4
+
+
+def test_an_error_that_falls_too_slowly_is_hopeless() -> None:
+    """Halved with every stride, three ahead: 0.4 comes down to 0.05."""
+    assert not hopeless(0.8, 0.4, 3, eps=0.0125) and hopeless(0.8, 0.4, 3, eps=0.0124)
+    assert not hopeless(0.8, 0.4, 3.5, eps=0.0124)
+    for before in (inf, 0.4, 0.1):  # did not fall to a number, or not at all
+        assert hopeless(before, 0.4, 30, eps=0.09) and not hopeless(before, 0.4, 30, eps=0.1)
+    assert hopeless(inf, inf, 9, eps=0.5)
+
+
+@pytest.mark.parametrize(("step", "exact_rows"), [(1, 512), (8, 64), (100, 32)])
+def test_a_thinned_window_is_as_wide_in_the_whole_sequence(step: int, exact_rows: int) -> None:
+    q, k, _ = head()
+    made = CANDIDATES["windowed"].build((64, inf), Preconditioner.fit(q[0], k, SCALE), causal=True, step=step)
+    assert int((made.difficulty(q) == 0).sum()) == exact_rows

@@ -129,6 +129,12 @@ class Windowed(_NearAndFar):
         z = near_far_sums(q.transpose(0, 1).reshape(-1, dim), k[order], u[order], self.factor, plan)
         return z.view(length, heads, -1).transpose(0, 1)
 
+    def difficulty(self, q: Tensor) -> Tensor:
+        found = super().difficulty(q)
+        if self.causal:
+            found[:, : 2 * self._chunk] = 0.0  # these meet all their keys exactly
+        return found
+
     def _near(self, q: Tensor, at: Tensor, k: Tensor, log_weight: Tensor, shared: Tensor) -> Tensor:
         to = torch.arange(len(k), device=at.device)
         return ((to // self._chunk - at[:, None] // self._chunk).abs() <= 1) & (self.window > 0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from math import comb
+from math import comb, inf
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,7 +22,7 @@ from rankloom.attention.nystrom import Nystrom
 from rankloom.attention.polynomial import Anisotropic, Isotropic
 from rankloom.attention.precondition import Preconditioner
 
-__all__ = ["CANDIDATES", "KINDS", "MOST_DEGREE", "MOST_FEATURES", "Candidates", "Kind", "Verdict"]
+__all__ = ["CANDIDATES", "KINDS", "MOST_DEGREE", "MOST_FEATURES", "Candidates", "Kind", "Verdict", "hopeless"]
 
 Kind = Literal["isotropic", "mehler", "anisotropic", "nystrom", "windowed"]
 Verdict = Literal["polynomial", "low-rank", "exact"]
@@ -33,6 +33,8 @@ _FEWEST = 64
 _CUT_DEGREE = 10
 _MOST_LANDMARKS = 1024  # choosing them costs the cube of their number
 _WINDOW, _SINKS, _HEAVY = 256, 4, 0.02
+_NARROWEST = 16  # narrower windows would cost more calls than they are worth
+_HOPELESS = 4.0
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,9 @@ class Candidates(ABC):
         return size
 
     @abstractmethod
-    def build(self, choice: Any, preconditioner: Preconditioner, *, causal: bool) -> Approximation:
-        """The approximation of a choice, on the preconditioner's device."""
+    def build(self, choice: Any, preconditioner: Preconditioner, *, causal: bool, step: int = 1) -> Approximation:
+        """The approximation of a choice, on the preconditioner's device; for a sequence thinned to every ``step``-th token, what
+        it would be on all of them."""
 
 
 class _Plain(Candidates):
@@ -72,7 +75,7 @@ class _Plain(Candidates):
     @abstractmethod
     def factor(self, choice: Any, spectrum: Tensor) -> Factor: ...
 
-    def build(self, choice: Any, preconditioner: Preconditioner, *, causal: bool) -> Approximation:
+    def build(self, choice: Any, preconditioner: Preconditioner, *, causal: bool, step: int = 1) -> Approximation:
         factor = self.factor(choice, preconditioner.spectrum)
         return Factored(preconditioner, factor, scale=preconditioner.scale, causal=causal)
 
@@ -137,10 +140,10 @@ class _Near(Candidates):
     ) -> tuple[int, float]:
         return size, heavy_threshold(preconditioner, k, self.share)
 
-    def build(self, choice: Any, preconditioner: Preconditioner, *, causal: bool) -> Approximation:
+    def build(self, choice: Any, preconditioner: Preconditioner, *, causal: bool, step: int = 1) -> Approximation:
         width, heavy = choice
         factor = Mehler(preconditioner.spectrum, width, _CUT_DEGREE)
-        scale, window = preconditioner.scale, _WINDOW if causal else 0
+        scale, window = preconditioner.scale, max(_WINDOW // step, _NARROWEST) if causal else 0
         return Windowed(preconditioner, factor, scale=scale, causal=causal, window=window, sinks=_SINKS, heavy=heavy)
 
 
@@ -152,6 +155,13 @@ CANDIDATES: dict[Kind, Candidates] = {
     "windowed": _Near(share=_HEAVY),
 }
 KINDS: tuple[Kind, ...] = tuple(CANDIDATES)
+
+
+def hopeless(before: float, last: float, ahead: float, eps: float) -> bool:
+    """Whether an error that went from ``before`` to ``last`` in one stride of sizes, falling on by that power law, would be
+    four times ``eps`` still ``ahead`` strides further, where sizes end. One that did not fall is not expected to."""
+    falls = min(1.0, last / before) if 0 < before < inf else 1.0
+    return last * falls**ahead > _HOPELESS * eps
 
 
 def _halves(most: int, available: int) -> list[int]:

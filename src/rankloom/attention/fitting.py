@@ -3,15 +3,17 @@ for the steps after it, or the reason why there is none."""
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from math import inf, isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rankloom.attention.candidates import CANDIDATES, MOST_FEATURES, Kind
+from rankloom.attention.candidates import CANDIDATES, MOST_FEATURES, Kind, hopeless
 from rankloom.attention.certificate import certify
 from rankloom.attention.contract import Approximation
 from rankloom.attention.cost import CostModel
@@ -33,9 +35,8 @@ class Sample:
     v: Tensor
     grad: Tensor | None
 
-    def thin(self, tokens: int) -> Sample:
-        """About so many tokens at even distances; causality among them is that among all."""
-        step = max(1, len(self.k) // tokens)
+    def thin(self, step: int) -> Sample:
+        """Every ``step``-th token; causality among them is that among all."""
         grad = None if self.grad is None else self.grad[:, ::step]
         return Sample(self.q[:, ::step], self.k[::step], self.v[::step], grad)
 
@@ -94,7 +95,7 @@ def fit(
 
     The upper limits of the output's and of every gradient's relative error must be at most ``eps``. To keep a head from
     flickering between two choices, a head whose last fit failed, and a candidate cheaper than the one in use, must pass
-    ``eps / hysteresis``; what is in use stays up to ``eps``.
+    ``eps / hysteresis``; what is in use stays up to ``eps``. A kind is given up where its error does not fall fast enough.
 
     Raises :class:`~rankloom.errors.AttentionError` for samples that are not finite.
     """
@@ -103,19 +104,30 @@ def fit(
     )
     preconditioner = Preconditioner.fit(q, k, scale, generator=generator)
     length = max(len(sample.k) for sample in samples)
+    step = max(1, len(samples[0].k) // _SCREEN_TOKENS)
+    screen, seen = samples[0].thin(step), defaultdict[Kind, list[float]](list)
     closest = Fit("no factor is faster at this length")
-    for seconds, kind, size in _candidates(k, length, cost):
+    candidates = _candidates(k, length, cost)
+    ahead, dropped = Counter(kind for _, kind, _ in candidates), set[Kind]()
+    for seconds, kind, size in candidates:
+        ahead[kind] -= 1
+        if kind in dropped:
+            continue
         unchanged = before is None or (before.approximation is not None and seconds >= before.seconds)
         threshold = eps if unchanged else eps / hysteresis
         choice = CANDIDATES[kind].choose(size, preconditioner, k, generator)
-        approximation = CANDIDATES[kind].build(choice, preconditioner, causal=causal)
-        error, _ = _errors(approximation, [samples[0].thin(_SCREEN_TOKENS)], _SCREEN_ROWS, generator)
+        build = partial(CANDIDATES[kind].build, choice, preconditioner, causal=causal)
+        error, _ = _errors(build(step=step), [screen], _SCREEN_ROWS, generator)
+        seen[kind].append(error)
+        if len(seen[kind]) > 2 and hopeless(seen[kind][-3], error, ahead[kind] / 2, threshold):
+            dropped.add(kind)
         if error <= _HOPELESS * threshold:
+            approximation = build()
             _, error = _errors(approximation, samples, _ROWS, generator)
-        if error <= threshold:
-            width = CANDIDATES[kind].width(k.shape[1], size)
-            length_from = cost.break_even(width, kind)
-            return Fit(f"{kind} {width}", approximation, error, length_from, seconds, (kind, choice))
+            if error <= threshold:
+                width = CANDIDATES[kind].width(k.shape[1], size)
+                length_from = cost.break_even(width, kind)
+                return Fit(f"{kind} {width}", approximation, error, length_from, seconds, (kind, choice))
         if error < closest.error or closest.error == inf:
             closest = Fit("certificate", error=error)
     return closest

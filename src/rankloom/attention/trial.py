@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloom.attention.candidates import CANDIDATES, MOST_DEGREE, Kind
+from rankloom.attention.candidates import CANDIDATES, MOST_DEGREE, Kind, hopeless
 from rankloom.attention.contract import Approximation
 from rankloom.attention.polynomial import exponential_series
 from rankloom.attention.precondition import Preconditioner
@@ -27,7 +27,6 @@ __all__ = ["NEEDS", "Errors", "Head", "Need", "Trial", "Trials", "errors", "leas
 Need = Literal["output", "gradients"]
 NEEDS: tuple[Need, ...] = ("output", "gradients")
 _ROWS = 256
-_HOPELESS = 4.0
 
 
 class Errors(NamedTuple):
@@ -166,7 +165,7 @@ class Trials:
                 half = self._try(kind, sizes[at - 1]) if at else trial
                 return half if self._passes(half, need) else trial
             errors.append(trial.errors.of(need))
-            if len(errors) > 1 and _continued(errors[-2], errors[-1], (last - at) / 2) > _HOPELESS * self.eps:
+            if len(errors) > 1 and hopeless(errors[-2], errors[-1], (last - at) / 2, self.eps):
                 break
         return None
 
@@ -191,11 +190,6 @@ class Trials:
     @property
     def _dim(self) -> int:
         return self.fitted.k.shape[1]
-
-
-def _continued(before: float, last: float, steps: float) -> float:
-    """The error ``steps`` fourfold widths on, by the power law through the last two; the last itself where it did not fall."""
-    return last * min(1.0, last / before) ** steps if isfinite(before) else last
 
 
 def _with_gradients(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
