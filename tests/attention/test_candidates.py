@@ -40,9 +40,10 @@ def test_sizes_ascend_within_what_was_asked(kind: Kind, dim: int, most: int) -> 
     if kind == "isotropic":
         assert widths == [w for g in range(1, 33) if (w := comb(dim + g, g)) <= most]
     else:
-        widest = min(most, TOKENS // 2) if kind == "nystrom" else min(most, comb(dim + 10, 10))
+        limit, part = {"nystrom": (TOKENS // 2, 2), "windowed": (1024, 4)}.get(kind, (4096, 2))
+        widest = min(most, limit, comb(dim + 10, 10) if kind != "nystrom" else most)
         assert widths[-1:] == ([widest] if most >= 64 else [])
-        assert all(wide // 2 == narrow >= 64 for narrow, wide in pairwise(widths))
+        assert all(wide // part == narrow >= 64 for narrow, wide in pairwise(widths))
 
 
 @EACH

@@ -33,6 +33,7 @@ _FEWEST = 64
 _CUT_DEGREE = 10
 _MOST_LANDMARKS = 1024  # choosing them costs the cube of their number
 _WINDOW, _SINKS, _HEAVY = 256, 4, 0.02
+_MOST_NEAR = 1024
 _NARROWEST = 16  # narrower windows would cost more calls than they are worth
 _HOPELESS = 4.0
 
@@ -133,7 +134,8 @@ class _Near(Candidates):
     verdict = "low-rank"
 
     def sizes(self, dim: int, most: int, tokens: int) -> list[int]:
-        return CANDIDATES["mehler"].sizes(dim, most, tokens)
+        # Quarters, as near its limit each of them takes a full certificate to refuse.
+        return CANDIDATES["mehler"].sizes(dim, min(most, _MOST_NEAR), tokens)[::-2][::-1]
 
     def choose(
         self, size: int, preconditioner: Preconditioner, k: Tensor, generator: torch.Generator | None = None
