@@ -23,7 +23,7 @@ __all__ = ["Fit", "Sample", "fit"]
 
 # Hopeless candidates are told apart on a thinned head and few rows, at a cost that does not grow with the length.
 _SCREEN_TOKENS, _SCREEN_ROWS, _ROWS = 1024, 64, 256
-_HOPELESS = 1.5  # times the threshold there
+_HOPELESS, _LOOSE = 1.5, 4.0  # times the threshold there: the estimate, and its upper limit
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,11 @@ def fit(
         threshold = eps if unchanged else eps / hysteresis
         choice = CANDIDATES[kind].choose(size, preconditioner, k, generator)
         build = partial(CANDIDATES[kind].build, choice, preconditioner, causal=causal)
-        error, _ = _errors(build(step=step), [screen], _SCREEN_ROWS, generator)
+        error, upper = _errors(build(step=step), [screen], _SCREEN_ROWS, generator)
         seen[kind].append(error)
         if len(seen[kind]) > 2 and hopeless(seen[kind][-3], error, ahead[kind] / 2, threshold):
             dropped.add(kind)
-        if error <= _HOPELESS * threshold:
+        if error <= _HOPELESS * threshold and upper <= _LOOSE * threshold:
             approximation = build()
             _, error = _errors(approximation, samples, _ROWS, generator)
             if error <= threshold:
