@@ -17,7 +17,7 @@ from rankloom.attention.mehler import Mehler
 from rankloom.attention.nystrom import Nystrom
 from rankloom.attention.polynomial import Isotropic
 from rankloom.attention.precondition import Preconditioner
-from rankloom.errors import CompositionError, DataError, RecipeError
+from rankloom.errors import AttentionError, CompositionError, RecipeError
 
 DIM, VALUES, SCALE = 3, 5, 0.4
 Head = tuple[Tensor, Tensor, Tensor]
@@ -287,11 +287,23 @@ def test_bad_settings_and_shapes() -> None:
         BlockExact(p, Isotropic(4, 1), scale=SCALE)
     for part in (Windowed(p, factor, scale=SCALE, causal=True), BlockExact(p, factor, scale=SCALE)):
         for bad in ((q[0], k, v), (q, k[:-1], v), (q, k, v[:-1]), (q, k[None], v)):
-            with pytest.raises(DataError, match="pass one key head with its g query heads"):
+            with pytest.raises(AttentionError, match="pass one key head with its g query heads"):
                 part(*bad)
 
 
 def test_difficulty_is_the_norm_in_the_factors_coordinates() -> None:
     q, k, _ = head(20, 2)
     part = windowed(q, k, causal=True)
-    torch.testing.assert_close(part.difficulty(q), part.preconditioner.queries(q).square().sum(-1).sqrt())
+    norms = part.preconditioner.queries(q).square().sum(-1).sqrt()
+    torch.testing.assert_close(part.difficulty(q), norms.where(part.difficulty(q) > 0, 0))
+
+
+def test_rows_without_difficulty_are_exact() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(shape, dtype=torch.float64, generator=generator) for shape in ((2, 90, 3), (90, 3)))
+    preconditioner = Preconditioner.fit(q.flatten(0, 1), k, 0.5)
+    made = Windowed(preconditioner, Isotropic(3, 1), scale=0.5, causal=True, window=16, sinks=2)
+    easy, at = made.difficulty(q) == 0, torch.arange(90)
+    logits = (0.5 * q[0] @ k.mT).masked_fill(at > at[:, None], -torch.inf)
+    same = (made.weights(q[0], at, k) - logits.softmax(1)).abs().amax(1) < 1e-12
+    assert torch.equal(easy[0], same) and torch.equal(easy[1], same)

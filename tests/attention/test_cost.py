@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import inf
 
 import pytest
 import torch
 
 from rankloom.attention import cost
-from rankloom.attention.cost import KINDS, CostModel, calibrate
+from rankloom.attention.candidates import CANDIDATES, KINDS
+from rankloom.attention.cost import CostModel, calibrate
 
 LINES = ((100, 1e-4, 2e-6), (300, 3e-4, 4e-6))
 MODEL = CostModel(
-    (1e-6, 1e-8), {"isotropic": LINES, "mehler": LINES, "anisotropic": LINES, "nystrom": ((64, 0.0, 1e-5),)}, 2
+    (1e-6, 1e-8),
+    {"isotropic": LINES, "mehler": LINES, "anisotropic": LINES, "nystrom": ((64, 0.0, 1e-5),), "windowed": LINES},
+    group=2,
+    pair=5e-8,
 )
 
 
@@ -22,6 +27,23 @@ def test_widths_are_interpolated_and_wider_ones_proportional() -> None:
     assert MODEL.approximate(1000, 200, "isotropic") == pytest.approx(2e-4 + 3e-3)
     assert MODEL.approximate(1000, 10, "isotropic") == MODEL.approximate(1000, 100, "isotropic")
     assert MODEL.approximate(1000, 900, "isotropic") == pytest.approx(3e-4 + 12e-3)
+
+
+def test_keys_that_all_queries_meet_cost_in_proportion_to_the_length_squared() -> None:
+    share = CANDIDATES["windowed"].share
+    assert 0 < share < 0.1
+    for length in (1000, 100_000):
+        more = MODEL.approximate(length, 100, "windowed") - MODEL.approximate(length, 100, "mehler")
+        assert more == pytest.approx(share * 5e-8 * length**2)
+    slow = replace(MODEL, pair=1e-8 / share)  # all pairs cost as much as exact attention's, and the rest comes on top
+    assert slow.break_even(100, "windowed") == inf
+    assert slow.break_even(100, "mehler") == MODEL.break_even(100, "mehler")
+
+
+def test_what_was_not_timed_is_never_faster() -> None:
+    partial = replace(MODEL, linear={"isotropic": LINES})
+    assert partial.approximate(10**6, 64, "mehler") == partial.break_even(64, "mehler") == inf
+    assert partial.widest(10**6, "mehler", most=4096) == 0 < partial.widest(10**6, "isotropic", most=4096)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -79,7 +101,7 @@ def test_noise_never_makes_more_features_faster() -> None:
 def test_this_machine(causal: bool) -> None:
     model = calibrate(8, group=2, causal=causal)
     assert calibrate(8, 8, group=2, causal=causal) is model
-    assert model.group == 2 and model.exact(65536) > 100 * model.exact(2048) > 0
+    assert model.group == 2 and model.pair > 0 and model.exact(65536) > 100 * model.exact(2048) > 0
     for kind in KINDS:
         assert model.approximate(4096, 64, kind) > 0
         assert model.break_even(1024, kind) >= model.break_even(64, kind) > 0

@@ -15,7 +15,7 @@ from rankloom.attention.exact import attention_gradients, attention_weights, lor
 from rankloom.attention.factored import Factored
 from rankloom.attention.polynomial import Isotropic
 from rankloom.attention.precondition import Preconditioner
-from rankloom.errors import DataError
+from rankloom.errors import AttentionError
 from rankloom.kernels.lowrank import Linear
 
 LENGTH, MODEL, DIM, VALUES, RANK = 37, 10, 5, 4, 3
@@ -122,11 +122,11 @@ def test_chain_and_engine_are_of_the_same_accuracy() -> None:
 
 def test_bad_input_is_refused() -> None:
     q, k, v, grad = chain_head()
-    with pytest.raises(DataError, match="exact gradients take"):
+    with pytest.raises(AttentionError, match="exact gradients take"):
         attention_gradients(q, k, v, grad, scale=1, causal=False)
-    with pytest.raises(DataError, match="exact gradients take"):
+    with pytest.raises(AttentionError, match="exact gradients take"):
         attention_gradients(q[None], k, v, grad[None, :-1], scale=1, causal=False)
-    with pytest.raises(DataError, match="factors of exp"):
+    with pytest.raises(AttentionError, match="factors of exp"):
         chain_gradients(q, k[:-1], q, k, v, grad, scale=1)
-    with pytest.raises(DataError, match="projections q, k and v"):
+    with pytest.raises(AttentionError, match="projections q, k and v"):
         lora_gradients(q, {"q": None}, lambda o: o, scale=1, causal=False)  # type: ignore[dict-item]

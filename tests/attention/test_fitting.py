@@ -11,15 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rankloom.attention.candidates import CANDIDATES, KINDS, Kind
 from rankloom.attention.contract import Factor
-from rankloom.attention.cost import KINDS, CostModel
+from rankloom.attention.cost import CostModel
 from rankloom.attention.factored import Factored
 from rankloom.attention.fitting import Fit, Sample, fit
 from rankloom.attention.mehler import Mehler
 from rankloom.attention.nystrom import Nystrom
 from rankloom.attention.polynomial import Anisotropic, Isotropic
 from rankloom.attention.precondition import Preconditioner
-from rankloom.errors import DataError
+from rankloom.errors import AttentionError
 
 SCALE = 0.5
 
@@ -65,7 +66,7 @@ def test_the_fastest_that_passes(size: float) -> None:
     assert found.approximation is not None
     assert error(found, sample(size)) <= found.error <= 1e-2
     assert found.length <= 96
-    width = found.approximation.factor.width
+    width = int(found.reason.split()[1])
     assert found.seconds == pytest.approx(96e-3 * width)
     with_less = fitted(size, cost=cost(width))  # now this width does not pay any more
     assert with_less.approximation is None and with_less.error > 1e-2
@@ -107,31 +108,46 @@ def test_hysteresis() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("causal", [True, False])
-def test_state_restores_the_very_same_map(kind: str, causal: bool) -> None:
+def test_state_restores_the_very_same_map(kind: Kind, causal: bool) -> None:
     at = sample(0.6)
     preconditioner = Preconditioner.fit(at.q.flatten(0, 1), at.k, SCALE)
-    factors: dict[str, Factor] = {
-        "isotropic": Isotropic(4, 3),
-        "anisotropic": Anisotropic(preconditioner.spectrum, 50),
-        "mehler": Mehler(preconditioner.spectrum, 50),
-        "nystrom": Nystrom.fit(preconditioner.keys(at.k), 24, generator=torch.Generator().manual_seed(0)),
-    }
-    made = Factored(preconditioner, factors[kind], scale=SCALE, causal=causal)
-    before = Fit(kind, made, 1e-3, 100.0, 0.5)
+    size = 3 if kind == "isotropic" else 24
+    choice = CANDIDATES[kind].choose(size, preconditioner, at.k, torch.Generator().manual_seed(0))
+    made = CANDIDATES[kind].build(choice, preconditioner, causal=causal)
+    before = Fit(kind, made, 1e-3, 100.0, 0.5, (kind, choice))
     buffer = io.BytesIO()
     torch.save(before.state(), buffer)
     buffer.seek(0)
     after = Fit.restore(torch.load(buffer, weights_only=True), torch.device("cpu"))
     assert after.approximation is not None
     assert (after.reason, after.error, after.length, after.seconds) == (kind, 1e-3, 100.0, 0.5)
-    assert after.approximation.causal == causal and type(after.approximation.factor) is type(factors[kind])
+    assert after.approximation.causal == causal and type(after.approximation) is type(made)
     for a, b in zip(after.approximation(at.q, at.k, at.v), made(at.q, at.k, at.v), strict=True):
         assert torch.equal(a, b)
     assert Fit.restore(Fit("certificate", error=inf).state(), torch.device("cpu")) == Fit("certificate")
 
 
+def test_states_of_before_load() -> None:
+    """A factor by its degree, width or landmarks, under the names the state has had from the first release on."""
+    at = sample(0.6)
+    preconditioner = Preconditioner.fit(at.q.flatten(0, 1), at.k, SCALE)
+    landmarks = Nystrom.fit(preconditioner.keys(at.k), 24, generator=torch.Generator().manual_seed(0)).landmarks
+    factors: dict[str, tuple[Any, Factor]] = {
+        "isotropic": (3, Isotropic(4, 3)),
+        "anisotropic": (50, Anisotropic(preconditioner.spectrum, 50)),
+        "mehler": (50, Mehler(preconditioner.spectrum, 50)),
+        "nystrom": (landmarks, Nystrom(landmarks)),
+    }
+    for kind, (stored, factor) in factors.items():
+        state = {"reason": kind, "error": 1e-3, "length": 100.0, "seconds": 0.5, "causal": True}
+        state |= {"preconditioner": dict(vars(preconditioner)), "factor": (kind, stored)}
+        found = Fit.restore(state, torch.device("cpu")).approximation
+        made = Factored(preconditioner, factor, scale=SCALE, causal=True)
+        assert found is not None and torch.equal(found(at.q, at.k, at.v)[0], made(at.q, at.k, at.v)[0])
+
+
 def test_nan_is_an_error() -> None:
     at = sample(0.3)
     at.k[3, 1] = nan
-    with pytest.raises(DataError, match="NaN or infinity"):
+    with pytest.raises(AttentionError, match="NaN or infinity"):
         fitted(0.3, samples=[at])

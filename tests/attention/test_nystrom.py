@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rankloom.attention.nystrom import Nystrom
-from rankloom.errors import DataError, RecipeError
+from rankloom.errors import AttentionError, RecipeError
 
 
 def gaussian(n: int, spectrum: Tensor, seed: int) -> Tensor:
@@ -119,9 +119,9 @@ def test_width_beyond_the_keys(width: int) -> None:
 def test_keys_that_are_not_finite() -> None:
     keys = gaussian(40, torch.ones(3), 0)
     keys[7, 1] = math.nan
-    with pytest.raises(DataError, match="keys must be finite"):
+    with pytest.raises(AttentionError, match="keys must be finite"):
         Nystrom.fit(keys, 4)
-    with pytest.raises(DataError, match="landmarks must be finite"):
+    with pytest.raises(AttentionError, match="landmarks must be finite"):
         Nystrom(keys)
-    with pytest.raises(DataError, match=r"landmarks are \(width, dim\)"):
+    with pytest.raises(AttentionError, match=r"landmarks are \(width, dim\)"):
         Nystrom(keys[0])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rankloom.attention.precondition import Preconditioner
-from rankloom.errors import DataError
+from rankloom.errors import AttentionError
 
 SCALE = 0.3
 
@@ -88,7 +88,7 @@ def test_half_precision_is_widened() -> None:
 def test_bad_input_is_refused() -> None:
     q, k = torch.randn(5, 4), torch.randn(6, 4)
     for a, b in ((q[None], k), (q[:, :3], k), (q[:0], k)):
-        with pytest.raises(DataError, match="of one width"):
+        with pytest.raises(AttentionError, match="of one width"):
             Preconditioner.fit(a, b, SCALE)
-    with pytest.raises(DataError, match="NaN or infinity"):
+    with pytest.raises(AttentionError, match="NaN or infinity"):
         Preconditioner.fit(q.index_fill(0, torch.tensor([2]), torch.nan), k, SCALE)

@@ -21,7 +21,7 @@ from rankloom.attention.precondition import Preconditioner
 from rankloom.attention.probe import probe, probe_head
 from rankloom.attention.report import HeadReport, Report, compare, threshold
 from rankloom.attention.trial import Head, Trials, errors, least_degree
-from rankloom.errors import DataError, RecipeError, TargetError
+from rankloom.errors import AttentionError, DataError, RecipeError, TargetError
 from tests import zoo
 
 LENGTHS = (1024, 65536)
@@ -276,7 +276,7 @@ def test_bad_input_is_refused_in_one_line_and_the_model_left_as_it_was(llama: An
     llama.model.layers[1].self_attn.q_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(DataError, match="loss of the probed text is nan"):
         probe(llama, [batch()], **fine)
-    with pytest.raises(DataError, match=r"layers\.1\.self_attn: queries"):
+    with pytest.raises(AttentionError, match=r"layers\.1\.self_attn: queries"):
         probe(llama, [{"input_ids": batch()["input_ids"]}], **fine)
     assert state_of(llama) == before
     from transformers import AttentionInterface

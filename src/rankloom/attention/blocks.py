@@ -16,7 +16,7 @@ from rankloom.attention.factored import Factored, factored_kernel
 from rankloom.attention.heavy import heaviness
 from rankloom.attention.near_far import Plan, near_far_sums
 from rankloom.attention.precondition import Preconditioner
-from rankloom.errors import DataError, RecipeError
+from rankloom.errors import AttentionError, RecipeError
 
 __all__ = ["BlockExact", "Windowed"]
 
@@ -36,7 +36,7 @@ class _NearAndFar(Approximation):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if q.dim() != 3 or k.shape != q.shape[1:] or v.dim() != 2 or len(v) != len(k):
-            raise DataError(
+            raise AttentionError(
                 f"attention takes queries (g, L, d), keys (L, d) and values (L, d_v), got {tuple(q.shape)}, "
                 f"{tuple(k.shape)} and {tuple(v.shape)}: pass one key head with its g query heads"
             )
@@ -88,7 +88,7 @@ class Windowed(_NearAndFar):
     is no window at all, and the fastest form, as all queries then share one far state.
     With ``h`` heavy keys and sinks: time O(L (width + window + h) (d + d_v)); memory O(width (d + d_v + window) +
     g window (window + h)) beyond the inputs' own size. Raises ``RecipeError`` for a ``window`` or ``sinks`` below what is
-    said here, and ``DataError`` on call for shapes that do not match.
+    said here, and ``AttentionError`` on call for shapes that do not match.
     (Attention sinks: arXiv 2309.17453; local plus low rank: arXiv 2110.15343.)
     """
 
@@ -129,6 +129,12 @@ class Windowed(_NearAndFar):
         z = near_far_sums(q.transpose(0, 1).reshape(-1, dim), k[order], u[order], self.factor, plan)
         return z.view(length, heads, -1).transpose(0, 1)
 
+    def difficulty(self, q: Tensor) -> Tensor:
+        found = super().difficulty(q)
+        if self.causal:
+            found[:, : 2 * self._chunk] = 0.0  # these meet all their keys exactly
+        return found
+
     def _near(self, q: Tensor, at: Tensor, k: Tensor, log_weight: Tensor, shared: Tensor) -> Tensor:
         to = torch.arange(len(k), device=at.device)
         return ((to // self._chunk - at[:, None] // self._chunk).abs() <= 1) & (self.window > 0)
@@ -144,7 +150,7 @@ class BlockExact(_NearAndFar):
     and held fixed by the gradient.
     Time O(L (width + block + h) (d + d_v) + L^2 d / block), the last term without a gradient; memory
     O(width (d + d_v) + block (block + h)) beyond the inputs' own size. Raises ``RecipeError`` for ``block < 1``, and
-    ``DataError`` on call for shapes that do not match. (Sparse plus low rank: arXiv 2110.15343.)
+    ``AttentionError`` on call for shapes that do not match. (Sparse plus low rank: arXiv 2110.15343.)
     """
 
     def __init__(

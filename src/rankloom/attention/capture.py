@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.calibration.data import quiet
-from rankloom.errors import DataError, TargetError
+from rankloom.errors import AttentionError, DataError, TargetError
 from rankloom.quantized import differentiable
 
 __all__ = ["Captured", "capture"]
@@ -49,7 +49,7 @@ def capture(model: nn.Module, batch: Mapping[str, Any]) -> list[Captured]:
     Raises:
         TargetError: a model whose attention does not go through transformers' registry of attention functions, caps its
             logits or has learned sinks.
-        DataError: more than one sequence, or a loss, query, key or value that is not finite.
+        DataError: more than one sequence, or a loss that is not finite. AttentionError: queries, keys or values that are not.
     """
     if any(isinstance(value, Tensor) and value.dim() and len(value) != 1 for value in batch.values()):
         raise DataError("a batch to probe holds one sequence: pass several batches of one instead")
@@ -71,7 +71,9 @@ def capture(model: nn.Module, batch: Mapping[str, Any]) -> list[Captured]:
             loss.backward()
     for call in calls:
         if not all(bool(x.isfinite().all()) for x in (call.q, call.k, call.v)):
-            raise DataError(f"{call.name}: queries, keys or values are not finite: check the model's weights and dtype")
+            raise AttentionError(
+                f"{call.name}: queries, keys or values are not finite: check the model's weights and dtype"
+            )
     return calls
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rankloom.errors import DataError
+from rankloom.errors import AttentionError
 
 __all__ = ["Cost", "chain_cost", "chain_gradients", "engine_cost", "khatri_rao"]
 
@@ -44,10 +44,10 @@ def chain_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``O``, ``dQ``, ``dK``, ``dV`` of one head without a mask, from ``exp(scale Q K^T) ~ u1 u2^T`` and ``G`` (L, d_v).
 
-    Forms L x (k d_v) matrices: for small sizes. Raises ``DataError`` where the factorisation does not fit the head.
+    Forms L x (k d_v) matrices: for small sizes. Raises ``AttentionError`` where the factorisation does not fit the head.
     """
     if u1.shape[1] != u2.shape[1] or len(u1) != len(q) or len(u2) != len(k):
-        raise DataError(
+        raise AttentionError(
             f"the factors of exp(S) are (queries, rank) and (keys, rank) for {len(q)} queries and {len(k)} keys; "
             f"got {tuple(u1.shape)} and {tuple(u2.shape)}"
         )

@@ -10,6 +10,8 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
+from rankloom.attention.precondition import Preconditioner
+
 __all__ = ["Approximation", "Factor"]
 
 
@@ -41,6 +43,7 @@ class Approximation(ABC):
     Differentiable once in ``q``, ``k`` and ``v``: the gradient is that of the approximate map itself.
     """
 
+    preconditioner: Preconditioner
     scale: float
     causal: bool
 

@@ -3,11 +3,12 @@
 One forward and backward pass of ``g`` query heads that share a key head, in seconds:
 
     exact(L)       = b L + c L^2                       scaled_dot_product_attention
-    approximate(L) = a + L r(k)                        features of a factor of width k, chunk by chunk
+    approximate(L) = a + L r(k) + s p L^2              k features, chunk by chunk, and a share s of the keys exactly
 
-``b, c`` come from two lengths; ``a, r`` from two lengths at each of a few widths of each kind of factor, ``r`` linear between
-them and proportional to ``k`` beyond the widest. Of a few rounds of calls the fastest counts: another program on the machine
-can only slow a call down. The approximation's time holds its preconditioner, not its certificate.
+``b, c`` come from two lengths; ``a, r`` from two lengths at each of a few widths of each kind of candidate, ``r`` linear
+between them and proportional to ``k`` beyond the widest; ``p`` from the difference that a large share makes. Of a few rounds
+of calls the fastest counts: another program on the machine can only slow a call down. The approximation's time holds its
+preconditioner, not its certificate.
 """
 
 from __future__ import annotations
@@ -15,29 +16,24 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
-from math import comb, inf, sqrt
-from typing import Literal
+from math import inf, sqrt
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloom.attention.contract import Factor
-from rankloom.attention.factored import Factored
-from rankloom.attention.mehler import Mehler
-from rankloom.attention.nystrom import Nystrom
-from rankloom.attention.polynomial import Anisotropic, Isotropic
+from rankloom.attention.candidates import CANDIDATES, KINDS, Candidates, Kind
+from rankloom.attention.contract import Approximation
 from rankloom.attention.precondition import Preconditioner
 
 __all__ = ["KINDS", "CostModel", "Kind", "calibrate"]
 
-Kind = Literal["isotropic", "mehler", "anisotropic", "nystrom"]
-KINDS: tuple[Kind, ...] = ("isotropic", "mehler", "anisotropic", "nystrom")
-
-_WIDEST = 2200  # the degree-2 polynomial of a 64-dimensional head; wider factors cost in proportion
+_WIDE = 1024  # wider ones cost in proportion,
+_WIDEST = 2200  # but one size alone says nothing: the degree-2 polynomial of a 64-dimensional head is the next
+_SHARE = 0.5  # of the keys, for an exact part large enough to time
 _ROUNDS = 3
 _LEAST_SECONDS = 4e-3  # a shorter call times the launch instead of the work
 
@@ -46,12 +42,14 @@ _LEAST_SECONDS = 4e-3  # a shorter call times the launch instead of the work
 class CostModel:
     """Predicted seconds of forward and backward of ``group`` query heads on one key head, under one mask and dtype.
 
-    ``quadratic`` holds ``(b, c)``; ``linear[kind]`` a tuple of ``(width, a, r)``, ascending in width.
+    ``quadratic`` holds ``(b, c)``; ``linear[kind]`` a tuple of ``(width, a, r)``, ascending in width; ``pair`` is ``p``. A kind
+    that ``linear`` does not have takes forever.
     """
 
     quadratic: tuple[float, float]
     linear: dict[Kind, tuple[tuple[int, float, float], ...]]
     group: int = 1
+    pair: float = 0.0
 
     def exact(self, length: int) -> float:
         """Seconds of exact attention."""
@@ -59,19 +57,19 @@ class CostModel:
         return b * length + c * length * length
 
     def approximate(self, length: int, width: int, kind: Kind) -> float:
-        """Seconds of attention through a factor of ``width`` features."""
+        """Seconds of attention through ``width`` features."""
         fixed, rate = self._line(width, kind)
-        return fixed + rate * length
+        return fixed + rate * length + self._curvature(kind) * length * length
 
     def break_even(self, width: int, kind: Kind) -> float:
         """The length from which on the approximation is faster; infinite where it never is.
 
-        The positive root of ``c L^2 + (b - r) L - a``: exact attention is convex in ``L`` and starts below.
+        The positive root of ``(c - s p) L^2 + (b - r) L - a``: exact attention is convex in ``L`` and starts below.
         """
         (b, c), (fixed, rate) = self.quadratic, self._line(width, kind)
-        slope = b - rate
+        slope, c = b - rate, c - self._curvature(kind)
         if c <= 0:
-            return fixed / slope if slope > 0 else inf
+            return fixed / slope if slope > 0 and c == 0 else inf
         return (-slope + sqrt(slope * slope + 4 * c * fixed)) / (2 * c)
 
     def widest(self, length: int, kind: Kind, *, most: int, within: float = inf) -> int:
@@ -80,8 +78,13 @@ class CostModel:
         # Seconds never fall with the width, so the first width that is too slow can be bisected for.
         return bisect_left(range(1, most + 1), limit, key=lambda width: self.approximate(length, width, kind))
 
+    def _curvature(self, kind: Kind) -> float:
+        return CANDIDATES[kind].share * self.pair
+
     def _line(self, width: int, kind: Kind) -> tuple[float, float]:
-        points = self.linear[kind]
+        points = self.linear.get(kind)
+        if points is None:
+            return inf, inf
         above = next((index for index, point in enumerate(points) if point[0] >= width), len(points))
         if above == 0:
             return points[0][1:]
@@ -133,45 +136,49 @@ def _calibrate(
 
         return run
 
-    def approximate(factor: Factor, preconditioner: Preconditioner) -> Callable[[int], Callable[[], None]]:
-        approximation = Factored(preconditioner, factor, scale=preconditioner.scale, causal=causal)
-
+    def approximate(approximation: Approximation) -> Callable[[int], Callable[[], None]]:
         def at(length: int) -> Callable[[], None]:
             q, k, v, grad = inputs(length)
             return lambda: torch.autograd.backward(approximation(q, k, v)[0], grad)
 
         return at
 
-    q, k, _, _ = inputs(2048)
-    preconditioner = Preconditioner.fit(q.detach()[0].float(), k.detach().float(), 0.1 * dim**-0.5)
-    keys = preconditioner.keys(k.detach().float())
-    factors = [(kind, factor) for kind in KINDS for factor in _factors(kind, preconditioner, keys)]
-    starts = [exact, *(approximate(factor, preconditioner) for _, factor in factors)]
+    q, k = (x.detach().float() for x in inputs(2048)[:2])
+    preconditioner = Preconditioner.fit(q[0], k, 0.1 * dim**-0.5)
+
+    def made(candidates: Candidates, size: int) -> Callable[[int], Callable[[], None]]:
+        choice = candidates.choose(size, preconditioner, k, torch.Generator().manual_seed(0))
+        return approximate(candidates.build(choice, preconditioner, causal=causal))
+
+    plain = {kind: replace(candidates, share=0.0) for kind, candidates in CANDIDATES.items()}
+    points = [(kind, size) for kind in KINDS for size in _few(plain[kind], dim, len(k))]
+    sharing = next(kind for kind in KINDS if CANDIDATES[kind].share)
+    shared = replace(CANDIDATES[sharing], share=_SHARE), dict(reversed(points))[sharing]
+    starts = [exact, made(*shared), *(made(plain[kind], size) for kind, size in points)]
     lengths = [_long_enough(at, device) for at in starts]
     both = (at(times * length) for at, length in zip(starts, lengths, strict=True) for times in (1, 2))
     seconds = _fastest(list(both), device)
     timed = list(zip(lengths, seconds[::2], seconds[1::2], strict=True))
     linear = {
         kind: _ascending(
-            (factor.width, *_line(*t)) for (other, factor), t in zip(factors, timed[1:], strict=True) if other == kind
+            (plain[kind].width(dim, size), *_line(*t))
+            for (other, size), t in zip(points, timed[2:], strict=True)
+            if other == kind
         )
         for kind in KINDS
     }
-    return CostModel(_parabola(*timed[0]), linear, group)
+    model = CostModel(_parabola(*timed[0]), linear, group)
+    length, _, twice = timed[1]
+    pairs = _SHARE * (2 * length) ** 2
+    return replace(model, pair=max(0.0, twice - model.approximate(2 * length, shared[1], sharing)) / pairs)
 
 
-def _factors(kind: Kind, preconditioner: Preconditioner, keys: Tensor) -> list[Factor]:
-    """A narrow, a middling and a wide factor of one kind."""
-    dim = keys.shape[-1]
-    if kind == "isotropic":
-        degrees = [degree for degree in range(1, 13) if comb(dim + degree, degree) <= _WIDEST] or [1]
-        return [Isotropic(dim, degree) for degree in sorted({degrees[0], degrees[len(degrees) // 2], degrees[-1]})]
-    widths = (64, 256, 1024)
-    if kind != "nystrom":
-        cut = Mehler if kind == "mehler" else Anisotropic
-        made = {factor.width: factor for factor in (cut(preconditioner.spectrum, width) for width in widths)}
-        return list(made.values())  # few variables make few monomials, and one width for several asked
-    return [Nystrom.fit(keys, width, generator=torch.Generator().manual_seed(0)) for width in widths]
+def _few(candidates: Candidates, dim: int, tokens: int) -> list[int]:
+    """A narrow, a middling and a wide one."""
+    sizes = candidates.sizes(dim, _WIDE, tokens)
+    if len(sizes) < 2:
+        sizes = candidates.sizes(dim, max(_WIDEST, dim + 1), tokens)
+    return sorted({sizes[0], sizes[len(sizes) // 2], sizes[-1]})
 
 
 def _ascending(points: Iterable[tuple[int, float, float]]) -> tuple[tuple[int, float, float], ...]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor
 
-from rankloom.errors import DataError
+from rankloom.errors import AttentionError
 from rankloom.kernels.lowrank import Linear
 
 __all__ = ["attention_gradients", "attention_weights", "factor_gradients", "lora_gradients"]
@@ -36,10 +36,10 @@ def attention_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dQ`` (g, L, d), ``dK`` (L, d) and ``dV`` (L, d_v) for ``grad`` = G (g, L, d_v); ``g`` query heads share the key head.
 
-    Raises ``DataError`` for shapes that do not match.
+    Raises ``AttentionError`` for shapes that do not match.
     """
     if q.dim() != 3 or grad.shape != (*q.shape[:2], v.shape[-1]) or k.shape != (len(v), q.shape[-1]):
-        raise DataError(
+        raise AttentionError(
             f"exact gradients take q (g, L, d), k (L, d), v (L, d_v) and the output's gradient (g, L, d_v); "
             f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} and {tuple(grad.shape)}"
         )
@@ -66,10 +66,12 @@ def lora_gradients(
     """``(dA, dB)`` of every adapted projection of one head: four gradients for {q, v} (partial), six for {q, k, v} (full).
 
     ``x`` (L, D); ``linears`` maps "q", "k" and "v" to their projections; ``loss_gradient`` gives ``dl/dO`` (L, d_v) from ``O``:
-    ``O - Y`` for the paper's loss ``|O - Y|_F^2 / 2``. Raises ``DataError`` for other names.
+    ``O - Y`` for the paper's loss ``|O - Y|_F^2 / 2``. Raises ``AttentionError`` for other names.
     """
     if set(linears) != {"q", "k", "v"} or not set(adapted) <= {"q", "k", "v"}:
-        raise DataError(f"a head has the projections q, k and v; got {sorted(linears)} with {sorted(adapted)} adapted")
+        raise AttentionError(
+            f"a head has the projections q, k and v; got {sorted(linears)} with {sorted(adapted)} adapted"
+        )
     q, k, v = (_project(x, linears[name]) for name in "qkv")
     grad = loss_gradient(attention_weights(q[None], k, scale=scale, causal=causal)[0] @ v)
     dq, dk, dv = attention_gradients(q[None], k, v, grad[None], scale=scale, causal=causal)

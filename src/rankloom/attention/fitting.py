@@ -3,31 +3,27 @@ for the steps after it, or the reason why there is none."""
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from math import comb, inf, isfinite
+from functools import partial
+from math import inf, isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rankloom.attention.candidates import CANDIDATES, MOST_FEATURES, Kind, hopeless
 from rankloom.attention.certificate import certify
-from rankloom.attention.contract import Factor
-from rankloom.attention.cost import CostModel, Kind
-from rankloom.attention.factored import Factored
-from rankloom.attention.mehler import Mehler
-from rankloom.attention.nystrom import Nystrom
-from rankloom.attention.polynomial import Anisotropic, Isotropic
+from rankloom.attention.contract import Approximation
+from rankloom.attention.cost import CostModel
 from rankloom.attention.precondition import Preconditioner
 
 __all__ = ["Fit", "Sample", "fit"]
 
-_CUT: dict[Kind, type[Anisotropic] | type[Mehler]] = {"mehler": Mehler, "anisotropic": Anisotropic}
-_WIDTHS = (64, 128, 256, 512, 1024)
-_WIDEST = 8192
 # Hopeless candidates are told apart on a thinned head and few rows, at a cost that does not grow with the length.
 _SCREEN_TOKENS, _SCREEN_ROWS, _ROWS = 1024, 64, 256
-_HOPELESS = 1.5  # times the threshold there
+_HOPELESS, _LOOSE = 1.5, 4.0  # times the threshold there: the estimate, and its upper limit
 
 
 @dataclass(frozen=True)
@@ -39,9 +35,8 @@ class Sample:
     v: Tensor
     grad: Tensor | None
 
-    def thin(self, tokens: int) -> Sample:
-        """About so many tokens at even distances; causality among them is that among all."""
-        step = max(1, len(self.k) // tokens)
+    def thin(self, step: int) -> Sample:
+        """Every ``step``-th token; causality among them is that among all."""
         grad = None if self.grad is None else self.grad[:, ::step]
         return Sample(self.q[:, ::step], self.k[::step], self.v[::step], grad)
 
@@ -51,22 +46,23 @@ class Fit:
     """What a head does until its next refresh: use ``approximation`` from ``length`` tokens on, or attend exactly.
 
     ``error`` is the certified upper limit (of the rejected candidate that came closest, where all were rejected), ``seconds``
-    the predicted time at the length fitted to.
+    the predicted time at the length fitted to, ``choice`` the kind and what it is built from again.
     """
 
     reason: str
-    approximation: Factored | None = None
+    approximation: Approximation | None = None
     error: float = inf
     length: float = inf
     seconds: float = 0.0
+    choice: tuple[Kind, Any] | None = None
 
     def state(self) -> dict[str, Any]:
         """What the fit can be made from again, as tensors and plain values."""
-        plain: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "approximation"}
+        plain = {name: getattr(self, name) for name in ("reason", "error", "length", "seconds")}
         if self.approximation is not None:
             made = self.approximation
             constants = {f.name: getattr(made.preconditioner, f.name) for f in fields(Preconditioner)}
-            plain |= {"preconditioner": constants, "factor": _description(made.factor), "causal": made.causal}
+            plain |= {"preconditioner": constants, "factor": self.choice, "causal": made.causal}
         return plain
 
     @classmethod
@@ -79,11 +75,9 @@ class Fit:
             name: value.to(device) if isinstance(value, Tensor) else value
             for name, value in state.pop("preconditioner").items()
         }
-        preconditioner = Preconditioner(**constants)
-        kind, size = state.pop("factor")
-        factor = _build(kind, size.to(device) if isinstance(size, Tensor) else size, preconditioner)
-        causal = state.pop("causal")
-        return cls(approximation=Factored(preconditioner, factor, scale=preconditioner.scale, causal=causal), **state)
+        kind, choice = state.pop("factor")
+        made = CANDIDATES[kind].build(choice, Preconditioner(**constants), causal=state.pop("causal"))
+        return cls(approximation=made, choice=(kind, choice), **state)
 
 
 def fit(
@@ -100,67 +94,58 @@ def fit(
     """The first candidate, by predicted time, that is faster than exact attention and whose certificate passes.
 
     The upper limits of the output's and of every gradient's relative error must be at most ``eps``. To keep a head from
-    flickering between two choices, a head whose last fit failed, and a factor cheaper than the one in use, must pass
-    ``eps / hysteresis``; what is in use stays up to ``eps``.
+    flickering between two choices, a head whose last fit failed, and a candidate cheaper than the one in use, must pass
+    ``eps / hysteresis``; what is in use stays up to ``eps``. A kind is given up where its error does not fall fast enough.
 
-    Raises :class:`~rankloom.errors.DataError` or :class:`~rankloom.errors.AttentionError` for samples that are not finite.
+    Raises :class:`~rankloom.errors.AttentionError` for samples that are not finite.
     """
     q, k = (
         torch.cat([rows.flatten(0, -2) for rows in both]) for both in zip(*((s.q, s.k) for s in samples), strict=True)
     )
     preconditioner = Preconditioner.fit(q, k, scale, generator=generator)
-    keys = preconditioner.keys(k)
     length = max(len(sample.k) for sample in samples)
+    step = max(1, len(samples[0].k) // _SCREEN_TOKENS)
+    screen, seen = samples[0].thin(step), defaultdict[Kind, list[float]](list)
     closest = Fit("no factor is faster at this length")
-    for seconds, kind, size, width in _candidates(len(preconditioner.spectrum), len(keys), length, cost):
+    candidates = _candidates(k, length, cost)
+    ahead, dropped = Counter(kind for _, kind, _ in candidates), set[Kind]()
+    for seconds, kind, size in candidates:
+        ahead[kind] -= 1
+        if kind in dropped:
+            continue
         unchanged = before is None or (before.approximation is not None and seconds >= before.seconds)
         threshold = eps if unchanged else eps / hysteresis
-        if kind == "nystrom":
-            factor: Factor = Nystrom.fit(keys, size, generator=generator)
-        else:
-            factor = _build(kind, size, preconditioner)
-        approximation = Factored(preconditioner, factor, scale=scale, causal=causal)
-        error, _ = _errors(approximation, [samples[0].thin(_SCREEN_TOKENS)], _SCREEN_ROWS, generator)
-        if error <= _HOPELESS * threshold:
+        choice = CANDIDATES[kind].choose(size, preconditioner, k, generator)
+        build = partial(CANDIDATES[kind].build, choice, preconditioner, causal=causal)
+        error, upper = _errors(build(step=step), [screen], _SCREEN_ROWS, generator)
+        seen[kind].append(error)
+        if len(seen[kind]) > 2 and hopeless(seen[kind][-3], error, ahead[kind] / 2, threshold):
+            dropped.add(kind)
+        if error <= _HOPELESS * threshold and upper <= _LOOSE * threshold:
+            approximation = build()
             _, error = _errors(approximation, samples, _ROWS, generator)
-        if error <= threshold:
-            return Fit(f"{kind} {width}", approximation, error, cost.break_even(width, kind), seconds)
+            if error <= threshold:
+                width = CANDIDATES[kind].width(k.shape[1], size)
+                length_from = cost.break_even(width, kind)
+                return Fit(f"{kind} {width}", approximation, error, length_from, seconds, (kind, choice))
         if error < closest.error or closest.error == inf:
             closest = Fit("certificate", error=error)
     return closest
 
 
-def _candidates(dim: int, keys: int, length: int, cost: CostModel) -> list[tuple[float, Kind, int, int]]:
-    """Predicted seconds, kind, size (degree or width) and width of every factor worth its certificate, fastest first."""
-    found: list[tuple[Kind, int, int]] = [("isotropic", g, comb(dim + g, g)) for g in range(1, 13)]
-    found += [(kind, width, width) for kind in _CUT for width in _WIDTHS]
-    found += [("nystrom", width, width) for width in _WIDTHS if 4 * width <= keys]
+def _candidates(k: Tensor, length: int, cost: CostModel) -> list[tuple[float, Kind, int]]:
+    """Predicted seconds, kind and size of everything that is worth its certificate, fastest first."""
+    tokens, dim = k.shape
     timed = [
-        (cost.approximate(length, width, kind), kind, size, width) for kind, size, width in found if width <= _WIDEST
+        (cost.approximate(length, candidates.width(dim, size), kind), kind, size)
+        for kind, candidates in CANDIDATES.items()
+        for size in candidates.sizes(dim, MOST_FEATURES, tokens)
     ]
     return sorted(candidate for candidate in timed if candidate[0] < cost.exact(length))
 
 
-def _build(kind: Kind, size: int | Tensor, preconditioner: Preconditioner) -> Factor:
-    """A factor by its degree, width or landmarks."""
-    if isinstance(size, Tensor):
-        return Nystrom(size)
-    if kind in _CUT:
-        return _CUT[kind](preconditioner.spectrum, size)
-    return Isotropic(len(preconditioner.spectrum), size)
-
-
-def _description(factor: Factor) -> tuple[Kind, int | Tensor]:
-    """What :func:`_build` makes the same factor from."""
-    if isinstance(factor, Nystrom):
-        return "nystrom", factor.landmarks
-    if isinstance(factor, Isotropic):
-        return "isotropic", factor.degree
-    return next(kind for kind, cut in _CUT.items() if isinstance(factor, cut)), factor.width
-
-
 def _errors(
-    approximation: Factored, samples: Sequence[Sample], rows: int, generator: torch.Generator | None
+    approximation: Approximation, samples: Sequence[Sample], rows: int, generator: torch.Generator | None
 ) -> tuple[float, float]:
     """The largest estimate and the largest upper limit over samples, output and gradients."""
     found = [(0.0, 0.0)]

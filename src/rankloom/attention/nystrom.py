@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rankloom.attention.contract import Factor
-from rankloom.errors import DataError, RecipeError
+from rankloom.errors import AttentionError, RecipeError
 
 __all__ = ["Nystrom"]
 
@@ -26,14 +26,14 @@ class Nystrom(Factor):
     Exact where ``q`` or ``k`` is a landmark. ``H`` has ones on its diagonal; ``H + 1e-9 I`` is factored in float64, whatever
     the features' dtype, so that the floor of the approximation is the features' own rounding (near 1e-5 in float32).
 
-    landmarks: (width, dim), detached. Raises ``DataError`` where they are not finite or not a matrix.
+    landmarks: (width, dim), detached. Raises ``AttentionError`` where they are not finite or not a matrix.
     """
 
     def __init__(self, landmarks: Tensor) -> None:
         if landmarks.dim() != 2 or not len(landmarks):
-            raise DataError(f"landmarks are (width, dim) with width >= 1, got shape {tuple(landmarks.shape)}")
+            raise AttentionError(f"landmarks are (width, dim) with width >= 1, got shape {tuple(landmarks.shape)}")
         if not landmarks.isfinite().all():
-            raise DataError("landmarks must be finite: check the keys for NaN and infinity")
+            raise AttentionError("landmarks must be finite: check the keys for NaN and infinity")
         self.width, self.dim = landmarks.shape
         self.landmarks = landmarks.detach()
         exact = self.landmarks.double()
@@ -50,7 +50,7 @@ class Nystrom(Factor):
         Pivots are drawn from ``max(2048, 2 width)`` candidates by what is left of ``exp(k . k')``, which suits smooth
         heads, again by what is left of ``exp(-|k - k'|^2 / 2)``, which suits clustered ones, and a third time uniformly;
         kept is the set with the smallest error of the attention weights between keys held out of the candidates.
-        Raises ``RecipeError`` for a width below 1 or above what the keys allow, ``DataError`` for keys that are not finite.
+        Raises ``RecipeError`` for a width below 1 or above what the keys allow, ``AttentionError`` for keys that are not finite.
         """
         held = min(_HELD_OUT, len(keys) // 4)
         if not 1 <= width <= len(keys) - held:
@@ -58,7 +58,7 @@ class Nystrom(Factor):
                 f"{len(keys)} keys allow between 1 and {len(keys) - held} landmarks, got width={width}: pass more keys"
             )
         if not keys.isfinite().all():
-            raise DataError("keys must be finite: check the layer's input for NaN and infinity")
+            raise AttentionError("keys must be finite: check the layer's input for NaN and infinity")
         order = torch.randperm(len(keys), generator=generator).to(keys.device)
         exact = keys.detach()[order[: held + max(_CANDIDATES, 2 * width)]].double()
         unseen, candidates = exact[:held], exact[held:]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankloom.errors import DataError
+from rankloom.errors import AttentionError
 from rankloom.linalg import damped
 
 __all__ = ["Preconditioner"]
@@ -42,16 +42,16 @@ class Preconditioner:
     ) -> Preconditioner:
         """Fit to queries ``q`` (n, d) and keys ``k`` (m, d), at most ``rows`` random ones of each, in float64.
 
-        Raises ``DataError`` for shapes that do not match, no row, or entries that are not finite.
+        Raises ``AttentionError`` for shapes that do not match, no row, or entries that are not finite.
         """
         if q.dim() != 2 or k.dim() != 2 or q.shape[1] != k.shape[1] or not len(q) or not len(k):
-            raise DataError(
+            raise AttentionError(
                 f"a preconditioner is fitted to queries (n, d) and keys (m, d) of one width, n, m >= 1; "
                 f"got {tuple(q.shape)} and {tuple(k.shape)}: flatten the query heads of one key head into rows"
             )
         q, k = (_sample(t.detach(), rows, generator) for t in (q, k))
         if not (q.isfinite().all() and k.isfinite().all()):
-            raise DataError("queries or keys hold NaN or infinity: check the model's weights and inputs")
+            raise AttentionError("queries or keys hold NaN or infinity: check the model's weights and inputs")
         query_mean, key_mean = q.mean(0), k.mean(0)
         root_q, root_k = _root((q - query_mean) * scale), _root(k - key_mean)
         u, spectrum, vh = torch.linalg.svd(root_q.mT @ root_k)

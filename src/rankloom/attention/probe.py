@@ -15,21 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankloom.attention.candidates import CANDIDATES, KINDS, MOST_FEATURES, Verdict
 from rankloom.attention.capture import Captured, capture
-from rankloom.attention.cost import KINDS, CostModel, Kind, calibrate
+from rankloom.attention.cost import CostModel, calibrate
 from rankloom.attention.precondition import Preconditioner
-from rankloom.attention.report import HeadReport, Report, Verdict
-from rankloom.attention.trial import MOST_FEATURES, NEEDS, Head, Need, Trial, Trials, errors, least_degree
-from rankloom.errors import DataError, RecipeError
+from rankloom.attention.report import HeadReport, Report
+from rankloom.attention.trial import NEEDS, Head, Need, Trial, Trials, errors, least_degree
+from rankloom.errors import AttentionError, DataError, RecipeError
 
 __all__ = ["probe", "probe_head"]
 
-_VERDICT: dict[Kind, Verdict] = {
-    "isotropic": "polynomial",
-    "mehler": "polynomial",
-    "anisotropic": "polynomial",
-    "nystrom": "low-rank",
-}
 _FEWEST_TOKENS = 64
 _ENERGY = 0.99
 _LOGITS_AT_ONCE = 2**22
@@ -59,8 +54,9 @@ def probe(
     Query heads that share a key head are judged one by one; the cost is that of their group, were they all alike.
 
     Raises:
-        TargetError: a model without that registry. DataError: no text, texts of several lengths or under 64 tokens, values
-            that are not finite. RecipeError: no length, a length below 2, or ``eps`` not in (0, 1).
+        TargetError: a model without that registry. DataError: no text, texts of several lengths or under 64 tokens, a loss
+            that is not finite. AttentionError: queries, keys or values that are not. RecipeError: no length, a length below
+            2, or ``eps`` not in (0, 1).
     """
     _check(lengths, eps)
     texts = [capture(model, batch) for batch in batches]
@@ -111,13 +107,14 @@ def probe_head(
     ``grad`` like the output is its gradient (default: random), ``held_out`` the same head on other texts, to judge factors
     on. ``cost`` predicts seconds, for as many query heads a key head as it was calibrated for.
 
-    Raises ``RecipeError`` for lengths or ``eps``, ``DataError`` for fewer than 64 tokens or values that are not finite.
+    Raises ``RecipeError`` for lengths or ``eps``, ``DataError`` for fewer than 64 tokens, ``AttentionError`` for shapes
+    that do not match or queries and keys that are not finite.
     """
     _check(lengths, eps)
     q = q if q.dim() == 3 else q[None]
     _check_tokens(q.shape[1])
     if not q.shape[1] == len(k) == len(v):
-        raise DataError(f"a head has as many queries as keys and values; got {q.shape[1]}, {len(k)} and {len(v)}")
+        raise AttentionError(f"a head has as many queries as keys and values; got {q.shape[1]}, {len(k)} and {len(v)}")
     shape = (*q.shape[:2], v.shape[1])
     if grad is None:
         grad = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(q)
@@ -205,7 +202,7 @@ def _verdict(passing: Sequence[Trial], length: int, cost: CostModel) -> Verdict:
     best = min(passing, key=lambda t: cost.approximate(length, t.width, t.kind), default=None)
     if best is None or cost.approximate(length, best.width, best.kind) >= cost.exact(length):
         return "exact"
-    return _VERDICT[best.kind]
+    return CANDIDATES[best.kind].verdict
 
 
 def _reason(verdicts: Mapping[int, Verdict], break_even: float | None, eps: float) -> str:

@@ -6,14 +6,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from math import log, sqrt
-from typing import Any, Literal
+from typing import Any
 
+from rankloom.attention.candidates import Verdict
 from rankloom.attention.trial import Errors, Need, Trial
 from rankloom.errors import RecipeError
 
 __all__ = ["VERDICTS", "Change", "Comparison", "HeadReport", "Report", "Verdict", "compare", "threshold"]
 
-Verdict = Literal["polynomial", "low-rank", "exact"]
 VERDICTS: tuple[Verdict, ...] = ("polynomial", "low-rank", "exact")
 
 

@@ -1,4 +1,4 @@
-"""Trial fits: which factors reproduce a head's attention on real queries, keys and values, and how wrong they are.
+"""Trial fits: which approximations reproduce a head's attention on real queries, keys and values, and how wrong they are.
 
 Errors are relative Frobenius norms against exact attention on the same tokens, all rows, in float32: the output, and the worst
 of dQ, dK, dV. That costs no more than the layers' own attention did when the tokens were captured.
@@ -10,41 +10,23 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import comb, inf, isfinite, log
+from math import inf, isfinite
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloom.attention.contract import Approximation, Factor
-from rankloom.attention.cost import Kind
-from rankloom.attention.factored import Factored
-from rankloom.attention.mehler import Mehler
-from rankloom.attention.nystrom import Nystrom
-from rankloom.attention.polynomial import Anisotropic, Isotropic, exponential_series
+from rankloom.attention.candidates import CANDIDATES, MOST_DEGREE, Kind, hopeless
+from rankloom.attention.contract import Approximation
+from rankloom.attention.polynomial import exponential_series
 from rankloom.attention.precondition import Preconditioner
 
-__all__ = [
-    "MOST_DEGREE",
-    "MOST_FEATURES",
-    "NEEDS",
-    "Errors",
-    "Head",
-    "Need",
-    "Trial",
-    "Trials",
-    "errors",
-    "least_degree",
-]
+__all__ = ["NEEDS", "Errors", "Head", "Need", "Trial", "Trials", "errors", "least_degree"]
 
 Need = Literal["output", "gradients"]
 NEEDS: tuple[Need, ...] = ("output", "gradients")
-MOST_FEATURES = 4096
-MOST_DEGREE = 32
 _ROWS = 256
-_FEWEST = 32
-_HOPELESS = 4.0
 
 
 class Errors(NamedTuple):
@@ -145,7 +127,7 @@ def least_degree(
 
 @dataclass(frozen=True)
 class Trial:
-    """A fitted factor: its kind, its number of features, its degree where it is an isotropic polynomial, its worst errors."""
+    """A fitted approximation: its kind, number of features, degree where it is an isotropic polynomial, and worst errors."""
 
     kind: Kind
     width: int
@@ -154,9 +136,9 @@ class Trial:
 
 
 class Trials:
-    """Factors fitted to the first of ``heads`` (one head on several texts) and judged on the others, by their worst error.
+    """Approximations fitted to the first of ``heads`` (one head on several texts) and judged on the others, by their worst error.
 
-    With a single text the fit is judged on what it was fitted to. Each factor is tried once.
+    With a single text the fit is judged on what it was fitted to. Each is tried once.
     """
 
     def __init__(self, heads: Sequence[Head], preconditioner: Preconditioner, eps: float, seed: int = 0) -> None:
@@ -165,27 +147,25 @@ class Trials:
         self._tried: dict[tuple[Kind, int], Trial] = {}
 
     def least(self, kind: Kind, need: Need, most: int, degree: int | None) -> Trial | None:
-        """The narrowest factor of ``kind`` with at most ``most`` features whose error is at most ``eps``.
+        """The narrowest approximation of ``kind`` with at most ``most`` features whose error is at most ``eps``.
 
         ``degree`` is what :func:`least_degree` found: the isotropic polynomial is tried from two below it on (causal chunks,
-        inside which attention is exact, may save so much). Of the other kinds ``most`` is tried and every quarter of it, from
-        narrow to wide, then half of the first that passes. The search ends early where the error, falling on as it did over the
-        last two widths, would still be four times ``eps`` at the widest.
+        inside which attention is exact, may save so much). Of the other kinds the widest is tried and every quarter of it,
+        from narrow to wide, then half of the first that passes. The search ends early where the error, falling on as it did
+        over the last two widths, would still be four times ``eps`` at the widest.
         """
+        sizes = CANDIDATES[kind].sizes(self._dim, most, len(self.fitted.k))
         if kind == "isotropic":
-            sizes = [] if degree is None else self._degrees(max(1, degree - 2), most)
+            sizes = [] if degree is None else [size for size in sizes if size >= degree - 2]
             return next((trial for size in sizes if self._passes(trial := self._try(kind, size), need)), None)
-        widths, errors = self._widths(kind, most), list[float]()
-        for width in widths:
-            trial = self._try(kind, width)
+        errors, last = list[float](), len(sizes) - 1
+        for at in range(last % 2, len(sizes), 2):
+            trial = self._try(kind, sizes[at])
             if self._passes(trial, need):
-                half = self._try(kind, width // 2)
+                half = self._try(kind, sizes[at - 1]) if at else trial
                 return half if self._passes(half, need) else trial
             errors.append(trial.errors.of(need))
-            if (
-                len(errors) > 1
-                and _continued(errors[-2], errors[-1], log(widths[-1] / width, 4)) > _HOPELESS * self.eps
-            ):
+            if len(errors) > 1 and hopeless(errors[-2], errors[-1], (last - at) / 2, self.eps):
                 break
         return None
 
@@ -198,37 +178,18 @@ class Trials:
             found = [errors(approximation, head) for head in self.judged]
             worst = Errors(*(max(column) for column in zip(*found, strict=True)))
             degree = size if kind == "isotropic" else None
-            self._tried[kind, size] = Trial(kind, approximation.factor.width, degree, worst)
+            self._tried[kind, size] = Trial(kind, CANDIDATES[kind].width(self._dim, size), degree, worst)
         return self._tried[kind, size]
 
-    def approximation(self, kind: Kind, size: int) -> Factored:
-        """A factor of one kind: ``size`` is the degree of an isotropic polynomial, the number of features of the others."""
-        head, preconditioner = self.fitted, self.preconditioner
-        factor: Factor
-        if kind == "isotropic":
-            factor = Isotropic(head.k.shape[-1], size)
-        elif kind == "mehler":
-            factor = Mehler(preconditioner.spectrum, size)
-        elif kind == "anisotropic":
-            factor = Anisotropic(preconditioner.spectrum, size)
-        else:
-            generator = torch.Generator().manual_seed(self.seed)
-            factor = Nystrom.fit(preconditioner.keys(head.k), size, generator=generator)
-        return Factored(preconditioner, factor, scale=head.scale, causal=head.causal)
+    def approximation(self, kind: Kind, size: int) -> Approximation:
+        """One of a kind: ``size`` is the degree of an isotropic polynomial, the number of features of the others."""
+        candidates, generator = CANDIDATES[kind], torch.Generator().manual_seed(self.seed)
+        choice = candidates.choose(size, self.preconditioner, self.fitted.k, generator)
+        return candidates.build(choice, self.preconditioner, causal=self.fitted.causal)
 
-    def _degrees(self, first: int, most: int) -> list[int]:
-        dim = self.fitted.k.shape[1]
-        return [degree for degree in range(first, MOST_DEGREE + 1) if comb(dim + degree, degree) <= most]
-
-    def _widths(self, kind: Kind, most: int) -> list[int]:
-        # More landmarks than half the tokens would reproduce these tokens and say nothing about others.
-        most = min(most, self.fitted.k.shape[0] // 2) if kind == "nystrom" else most
-        return [most >> step for step in range(0, 16, 2) if most >> step >= _FEWEST][::-1]
-
-
-def _continued(before: float, last: float, steps: float) -> float:
-    """The error ``steps`` fourfold widths on, by the power law through the last two; the last itself where it did not fall."""
-    return last * min(1.0, last / before) ** steps if isfinite(before) else last
+    @property
+    def _dim(self) -> int:
+        return self.fitted.k.shape[1]
 
 
 def _with_gradients(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
