@@ -32,13 +32,13 @@ from torch import Tensor
 
 from rankloom.attention.contract import Approximation
 from rankloom.attention.projection import Projection
+from rankloom.attention.rows import Rows
 from rankloom.attention.strata import FEWEST, SumOfRows, stratify, sum_of_rows, total
 from rankloom.errors import AttentionError
 
 __all__ = ["Certificate", "Estimate", "certify"]
 
 _ROWS, _SHARE = 256, 256  # by default one row in so many, and no more than 256
-_LOGITS = 2**21  # rows x L at once
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def certify(
 
     count = q.shape[0] * q.shape[1]
     sample = stratify(_difficulty(approximation, q, grad), rows or max(FEWEST, min(_ROWS, count // _SHARE)), generator)
-    head = _Head(approximation, q, k, v, known["output"], grad, projections or {})
+    head = Rows(approximation, q, k, v, known, grad, projections or {})
     top, sums = head.differences(sample.top, torch.ones_like(sample.top, dtype=q.dtype))
     replicates = {name: t.repeat(max(1, len(sample.drawn)), *[1] * t.ndim) for name, t in sums.items()}
     drawn = {name: t.new_empty(sample.drawn.shape) for name, t in top.items()}
@@ -142,65 +142,6 @@ def certify(
     return Certificate(output.error, output.upper, estimates, sample.top.numel() + sample.drawn.numel())
 
 
-class _Head:
-    """One head's exact rows less its approximate ones."""
-
-    def __init__(
-        self,
-        approximation: Approximation,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        grad: Tensor | None,
-        projections: Mapping[str, Projection],
-    ) -> None:
-        self.approximation, self.k, self.v, self.projections = approximation, k, v, projections
-        self.heads, self.length = q.shape[:2]
-        self.q, self.out = q.flatten(0, 1), out.flatten(0, 1)
-        self.grad = None if grad is None else grad.flatten(0, 1)
-
-    def differences(self, index: Tensor, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Over the rows ``index`` (n,): squared errors (n,) of what is per row, sums with ``weight`` (n,) of what is a sum."""
-        size = max(1, _LOGITS // self.length)
-        parts = [self._batch(i, w) for i, w in zip(index.split(size), weight.split(size), strict=True)]
-        squares = {name: torch.cat([part[0][name] for part in parts]) for name in parts[0][0]}
-        return squares, {name: sum((p[1][name] for p in parts[1:]), parts[0][1][name]) for name in parts[0][1]}
-
-    def sums(self, dq: Tensor, dk: Tensor, dv: Tensor, at: Tensor | None = None) -> dict[str, Tensor]:
-        """The gradients that are sums over rows, from ``dq`` (g, n, d) at the positions ``at`` (n,), ``dk`` and ``dv`` (L, .)."""
-        if not self.projections:
-            return {"dK": dk, "dV": dv}
-        everywhere = torch.arange(self.length, device=dk.device)
-        parts = {"q": (dq, everywhere if at is None else at), "k": (dk[None], everywhere), "v": (dv[None], everywhere)}
-        named = {n: p.gradients(*parts[n]) for n, p in self.projections.items()}
-        return {f"{factor}_{n}": t for n, pair in named.items() for factor, t in zip(("dA", "dB"), pair, strict=True)}
-
-    def _batch(self, index: Tensor, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        head, at, backward = index // self.length, index % self.length, self.grad is not None
-        q, k = self.q[index].requires_grad_(backward), self.k.detach().requires_grad_(backward)
-        with torch.set_grad_enabled(backward):
-            exact = self._exact(q, at, k)
-            difference = exact - self.approximation.weights(q, at, k)
-        squares = {"output": (exact.detach() @ self.v - self.out[index]).double().square().sum(1)}
-        if self.grad is None:
-            return squares, {}
-        grad = self.grad[index] * weight[:, None]
-        dq, dk = torch.autograd.grad(difference, (q, k), grad @ self.v.mT)
-        dv = difference.detach().mT @ grad
-        if not self.projections:
-            squares["dQ"] = (dq / weight[:, None]).double().square().sum(1)
-        by_head = dq.new_zeros(self.heads, *dq.shape)
-        by_head[head, torch.arange(len(index), device=index.device)] = dq
-        return squares, self.sums(by_head, dk, dv, at)
-
-    def _exact(self, q: Tensor, at: Tensor, k: Tensor) -> Tensor:
-        logits = (self.approximation.scale * q) @ k.mT
-        if self.approximation.causal:
-            logits = logits.masked_fill(torch.arange(self.length, device=k.device) > at[:, None], -math.inf)
-        return logits.softmax(-1)
-
-
 def _difficulty(approximation: Approximation, q: Tensor, grad: Tensor | None) -> Tensor:
     """The rows' ranks by expected error: the highest of several, as no single one finds them all.
 
@@ -212,7 +153,8 @@ def _difficulty(approximation: Approximation, q: Tensor, grad: Tensor | None) ->
         scores.append(scores[0] * torch.arange(1, q.shape[1] + 1, device=q.device).rsqrt())
     if grad is not None:
         scores.append(scores[-1] * grad.norm(dim=-1))
-    return torch.stack([t.flatten().argsort().argsort() for t in scores]).amax(0)
+    ranks = torch.arange(scores[0].numel(), device=q.device)
+    return torch.stack([torch.empty_like(ranks).index_copy_(0, t.flatten().argsort(), ranks) for t in scores]).amax(0)
 
 
 def _relative(approximate: Tensor, squared: float, squared_upper: float) -> Estimate:
