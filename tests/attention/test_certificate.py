@@ -316,6 +316,21 @@ def test_cost_is_bounded() -> None:
     assert certify(head, q, k, v, out=grad, rows=256).rows == 192  # three quarters: too short for a third stratum
 
 
+def test_causal_rows_need_the_keys_up_to_them() -> None:
+    """Every batch of approximate rows gets the keys up to its last row, and no less."""
+    seen = []
+
+    class Watched(Polynomial):
+        def weights(self, q: Tensor, at: Tensor, k: Tensor) -> Tensor:
+            assert len(k) == at.max() + 1 and (at.diff() >= 0).all()
+            seen.extend(at.tolist())
+            return super().weights(q, at, k)
+
+    q, k, v, grad = inputs(2, 400, 4, 0.2, seed=0)
+    head = Watched(3, scale=0.5, causal=True)
+    assert len(seen) == 0 < certify(head, q, k, v, grad=grad).rows == len(seen)
+
+
 def test_failures_say_why() -> None:
     q, k, v, grad = inputs(1, 200, 4, 5.0, seed=0)
     failed = certify(Polynomial(1, scale=0.5, causal=True), q, k, v, grad=grad)

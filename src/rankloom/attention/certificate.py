@@ -33,7 +33,7 @@ from torch import Tensor
 from rankloom.attention.contract import Approximation
 from rankloom.attention.projection import Projection
 from rankloom.attention.rows import Rows
-from rankloom.attention.strata import FEWEST, SumOfRows, stratify, sum_of_rows, total
+from rankloom.attention.strata import FEWEST, Sample, SumOfRows, stratify, sum_of_rows, total
 from rankloom.errors import AttentionError
 
 __all__ = ["Certificate", "Estimate", "certify"]
@@ -105,12 +105,7 @@ def certify(
     _check(q, k, v, grad, projections, rows)
     q, k, v = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v))
     if out is None or (grad is not None and gradients is None):
-        inputs = [t.clone().requires_grad_(grad is not None) for t in (q, k, v)]
-        with torch.set_grad_enabled(grad is not None):
-            out, denominators = approximation(*inputs)
-        if grad is not None:
-            dq, dk, dv = torch.autograd.grad(out, inputs, grad.to(out.dtype))
-            gradients = (dq, dk, dv)
+        out, denominators, gradients = _run(approximation, q, k, v, grad)
     known = {"output": out.detach()}
     if grad is not None and gradients is not None:
         grad = grad.detach().to(q.dtype)
@@ -120,26 +115,41 @@ def certify(
 
     count = q.shape[0] * q.shape[1]
     sample = stratify(_difficulty(approximation, q, grad), rows or max(FEWEST, min(_ROWS, count // _SHARE)), generator)
-    head = Rows(approximation, q, k, v, known, grad, projections or {})
-    top, sums = head.differences(sample.top, torch.ones_like(sample.top, dtype=q.dtype))
-    replicates = {name: t.repeat(max(1, len(sample.drawn)), *[1] * t.ndim) for name, t in sums.items()}
-    drawn = {name: t.new_empty(sample.drawn.shape) for name, t in top.items()}
-    for i, replicate in enumerate(sample.drawn):
-        squares, sums = head.differences(replicate.flatten(), sample.weights.flatten().to(q.dtype))
-        for name, t in squares.items():
-            drawn[name][i] = t.view(replicate.shape)
-        for name, t in sums.items():
-            replicates[name][i] += t
-
-    if grad is not None:
-        known |= head.sums(known["dQ"], known["dK"], known["dV"])
-    estimates = {name: _relative(known[name], *total(sample, top[name], drawn[name])) for name in top}
-    for name, values in replicates.items():
-        estimates[name] = _corrected(known[name], sum_of_rows(values))
+    estimates = _estimates(Rows(approximation, q, k, v, known, grad, projections or {}), sample, known)
     if bad := [name for name, estimate in estimates.items() if math.isnan(estimate.error)]:
         return Certificate(math.inf, math.inf, reason=f"exact or approximate rows are not finite in {', '.join(bad)}")
     output = estimates.pop("output")
     return Certificate(output.error, output.upper, estimates, sample.top.numel() + sample.drawn.numel())
+
+
+def _run(
+    approximation: Approximation, q: Tensor, k: Tensor, v: Tensor, grad: Tensor | None
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+    """The output, the denominators and, with ``grad``, the gradients."""
+    inputs = [t.clone().requires_grad_(grad is not None) for t in (q, k, v)]
+    with torch.set_grad_enabled(grad is not None):
+        out, denominators = approximation(*inputs)
+    if grad is None:
+        return out, denominators, None
+    dq, dk, dv = torch.autograd.grad(out, inputs, grad.to(out.dtype))
+    return out, denominators, (dq, dk, dv)
+
+
+def _estimates(head: Rows, sample: Sample, known: dict[str, Tensor]) -> dict[str, Estimate]:
+    """Of everything, from the rows of the sample."""
+    top, sums = head.differences(sample.top, torch.ones_like(sample.top, dtype=head.k.dtype))
+    replicates = {name: t.repeat(max(1, len(sample.drawn)), *[1] * t.ndim) for name, t in sums.items()}
+    drawn = {name: t.new_empty(sample.drawn.shape) for name, t in top.items()}
+    for i, replicate in enumerate(sample.drawn):
+        squares, sums = head.differences(replicate.flatten(), sample.weights.flatten().to(head.k.dtype))
+        for name, t in squares.items():
+            drawn[name][i] = t.view(replicate.shape)
+        for name, t in sums.items():
+            replicates[name][i] += t
+    if replicates:
+        known = known | head.sums(known["dQ"], known["dK"], known["dV"])
+    estimates = {name: _relative(known[name], *total(sample, top[name], drawn[name])) for name in top}
+    return estimates | {n: _corrected(known[n], sum_of_rows(values)) for n, values in replicates.items()}
 
 
 def _difficulty(approximation: Approximation, q: Tensor, grad: Tensor | None) -> Tensor:

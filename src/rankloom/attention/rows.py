@@ -1,8 +1,9 @@
 r"""Single rows of a head, exact and approximate, and what they add to the gradients.
 
-With ``P_i`` the exact attention row ``i`` (arXiv 2406.03136 writes f), ``G_i`` the output's gradient there and ``w_i`` its weight,
+With the exact attention row ``P_i`` (arXiv 2406.03136 writes f), the output's gradient ``G_i`` there and the row's weight ``w_i``
 
-    T_i = P_i o (V G_i - G_i . O_i),   O_i = P_i V,   dQ_i = scale T_i K,   dK = scale sum_i w_i T_i^T Q_i,   dV = sum_i w_i P_i^T G_i
+    O_i = P_i V,   T_i = P_i o (V G_i - G_i . O_i),   dQ_i = scale T_i K,
+    dK = scale sum_i w_i T_i^T Q_i,   dV = sum_i w_i P_i^T G_i
 
 and the same sums of the approximate rows follow by differentiating them. Causal rows are taken with the keys up to their last
 one, in the order of their positions: half of the work where they lie anywhere.
@@ -69,7 +70,7 @@ class Rows:
         """The gradients that are sums over rows, from ``dq`` (g, n, d) at the positions ``at`` (n,), ``dk`` and ``dv`` (L, .)."""
         if not self.projections:
             return {"dK": dk, "dV": dv}
-        parts = {"q": (dq, at), "k": (dk[None],), "v": (dv[None],)}
+        parts = {"q": (dq, at), "k": (dk[None], None), "v": (dv[None], None)}
         named = {n: p.gradients(*parts[n]) for n, p in self.projections.items()}
         return {f"{factor}_{n}": t for n, pair in named.items() for factor, t in zip(("dA", "dB"), pair, strict=True)}
 
