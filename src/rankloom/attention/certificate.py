@@ -10,9 +10,8 @@ most of the error is in. :mod:`rankloom.attention.strata` draws them by ``approx
 exact gradient less what it adds to the approximate one, at the same output gradient. ``|D|^2`` is estimated without bias from
 products of independent replicates of the sample (:func:`rankloom.attention.strata.sum_of_rows`).
 
-Errors are relative to the approximate
-tensor, which is known exactly; as ``|exact| >= |approximate| - error``, an absolute limit ``u`` is the relative limit
-``u / (|approximate| - u)``, infinite where the approximate tensor is no larger than its error.
+Errors are relative to the approximate tensor, which is known exactly; as ``|exact| >= |approximate| - error``, an absolute
+limit ``u`` is the relative limit ``u / (|approximate| - u)``, infinite where the approximate tensor is no larger than its error.
 
 **Control variate**: ``approximate + mean D_r`` is unbiased for the exact gradient, with the sampling variance of the mean as
 its squared error. It is offered where that is below the estimate of ``|D|^2``. (The choice rests on the same rows, so exactly
@@ -96,8 +95,9 @@ def certify(
     ``projections`` for any of ``q, k, v`` the ``dA_n`` and ``dB_n`` of those.
 
     ``rows`` are by default ``g L / 256``, at least 64 and at most 256; a head that has no more than ``rows`` is computed exactly.
-    Half precision is certified in float32. Time ``O(rows L d)`` plus the approximation's own dense rows; memory
-    ``O(2^21 + L (d + d_v))``.
+    Half precision is certified in float32. Time ``O(rows L d)`` plus the approximation's own dense rows, for which a factor whose
+    kernel is no function of the logits forms its features anew for each of nine samples: ``O((rows + 9) L width)``. Memory
+    ``O(2^21 + 8 L (d + d_v))``, or with ``projections`` ``O(2^21 + L (d + d_v))`` and the projections' inputs.
 
     The certificate fails, with a reason, where a denominator is not positive or anything is not finite. Raises
     :class:`AttentionError` for shapes that do not fit, ``q, k, v, grad`` that are not finite, and ``rows < 64``.
