@@ -4,25 +4,33 @@ Claims, on one thread in float32: at L = 65536, d = 16 with entries uniform in [
 a mask and <= 1/6 causal, at an output error <= 1e-5 and gradient errors <= 1e-3; d = 64 with entries in [-0.25, 0.25] <= 1/5
 without a mask at gradient errors <= 1e-3; d = 64 with a decaying spectrum (Sig_i ~ 1/i, logits of standard deviation 0.6,
 offsets in q, k and v) <= 1/5 causal at an output error <= 1e-3. Time grows with L to a power <= 1.1 where SDPA's is >= 1.9.
+A certificate takes <= 10 % of SDPA's time for L >= 32768 (part "certificate"), and L = 131072 fits in under 4 GB with one
+(part "memory": the peak of a process that has imported everything, including that).
 
 A run is forward and backward to q, k and v for a random output gradient, the change of coordinates included; its fit, which
 a training run repeats every so many steps, is given apart. SDPA gets heads padded to 16 where d < 16, which it is faster for.
 Errors are relative Frobenius errors against SDPA in float32: of the output, of dQ, dK, dV, and of the six factor gradients
-dA, dB of rank-8 adapters on q, k and v for the input X = [Q, K, V] (its projections select columns). Variants are taken in turn
-on one core; seconds are medians of CPU time, wall those of the clock. A run keeps the rows of an earlier result that
-it does not measure.
+dA, dB of rank-8 adapters on q, k and v for the input X = [Q, K, V] (its projections select columns). Variants and
+lengths are taken in turn on one core; seconds are medians of CPU time, wall those of the clock. A run keeps the rows of an
+earlier result that it does not measure.
 
     python bench/limits_speed.py --json bench/results/limits_speed.json
+    python bench/limits_speed.py --parts certificate --lengths 32768 --json bench/results/limits_speed.json
+    python bench/limits_speed.py --parts memory --lengths 131072 --json bench/results/limits_speed.json
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -30,13 +38,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import earlier, interleaved, provenance, ratios, table, write
+from common import (
+    earlier,
+    interleaved,
+    peak_mb,
+    plain_environment,
+    provenance,
+    ratios,
+    reset_peak,
+    resident_mb,
+    steady_memory,
+    table,
+    write,
+)
+from rankloom.attention.certificate import certify
 from rankloom.attention.contract import Factor
 from rankloom.attention.exact import factor_gradients
 from rankloom.attention.factored import Factored
 from rankloom.attention.mehler import Mehler
 from rankloom.attention.polynomial import Anisotropic, Isotropic
 from rankloom.attention.precondition import Preconditioner
+from rankloom.attention.projection import Projection
 from rankloom.kernels.lowrank import Linear
 
 Head = tuple[Tensor, Tensor, Tensor]
@@ -117,59 +139,163 @@ def adapter_gradients(head: Head, grads: tuple[Tensor, ...], rank: int = 8) -> d
     return found
 
 
-def measure(row: Row, length: int, repeats: int) -> dict[str, Any]:
-    """Times and errors of every variant on one head."""
-    torch.manual_seed(0)
-    head = row.head(length, row.dim, row.size)
-    leaves = tuple(t.requires_grad_() for t in head)
-    pull, scale = torch.randn(length, row.dim), row.dim**-0.5
-    begin = time.process_time()
-    p = Preconditioner.fit(head[0], head[1], scale)
-    fit = time.process_time() - begin
-    heads = {n: Factored(p, make(p), scale=scale, causal=row.causal) for n, make in row.factors.items()}
-    results: dict[str, dict[str, Tensor]] = {}
-    walls: dict[str, list[float]] = {}
+class Case:
+    """One head of one length: exact attention and every factor of its row."""
 
-    def run(name: str) -> None:
-        begin = time.perf_counter()
-        q, k, v = leaves
-        out = heads[name](q[None], k, v)[0][0] if name in heads else exact(q, k, v, row.causal)
-        grads = torch.autograd.grad(out, leaves, pull)
-        walls.setdefault(name, []).append(time.perf_counter() - begin)
-        results[name] = {"out": out.detach(), "dQ": grads[0], "dK": grads[1], "dV": grads[2]}
+    def __init__(self, row: Row, length: int) -> None:
+        torch.manual_seed(0)
+        self.row, self.length, scale = row, length, row.dim**-0.5
+        self.head = tuple(t.requires_grad_() for t in row.head(length, row.dim, row.size))
+        self.pull = torch.randn(length, row.dim)
+        begin = time.process_time()
+        p = Preconditioner.fit(self.head[0], self.head[1], scale)
+        self.fit = time.process_time() - begin
+        self.approximations = {
+            n: Factored(p, make(p), scale=scale, causal=row.causal) for n, make in row.factors.items()
+        }
+        self.results: dict[str, dict[str, Tensor]] = {}
+        self.walls: dict[str, list[float]] = {}
 
-    times = interleaved({n: (lambda n=n: run(n)) for n in ["sdpa", *heads]}, repeats)
-    measured: dict[str, Any] = {}
-    with torch.no_grad():
-        for found in results.values():
-            found |= adapter_gradients(head, (found["dQ"], found["dK"], found["dV"]))
-    for name, values in ratios(times, "sdpa").items():
-        errors = {key: float((t - results["sdpa"][key]).norm() / t.norm()) for key, t in results[name].items()}
-        measured[name] = {**values, "wall": median(walls[name][1:]), "speed_up": 1 / values["ratio"]}
-        if name in heads:
-            width = heads[name].factor.width
-            seconds = values["seconds"]
-            measured[name] |= {"width": width, "ns_per_token_and_feature": seconds / length / width * 1e9, "fit": fit}
-            measured[name] |= {"errors": errors, "worst_gradient": max(errors["dQ"], errors["dK"], errors["dV"])}
-            measured[name]["worst_factor_gradient"] = max(e for key, e in errors.items() if key[:2] in ("dA", "dB"))
-    return measured
+    def run(self, name: str, times: int = 1) -> None:
+        """Forward and backward, ``times`` over."""
+        q, k, v = self.head
+        for _ in range(times):
+            begin = time.perf_counter()
+            if name in self.approximations:
+                out = self.approximations[name](q[None], k, v)[0][0]
+            else:
+                out = exact(q, k, v, self.row.causal)
+            grads = torch.autograd.grad(out, self.head, self.pull)
+            self.walls.setdefault(name, []).append(time.perf_counter() - begin)
+        self.results[name] = {"out": out.detach(), "dQ": grads[0], "dK": grads[1], "dV": grads[2]}
+
+    def summary(self, times: dict[str, list[float]]) -> dict[str, Any]:
+        """Times and errors of every variant."""
+        measured: dict[str, Any] = {}
+        with torch.no_grad():
+            for found in self.results.values():
+                found |= adapter_gradients(self.head, (found["dQ"], found["dK"], found["dV"]))
+        wanted = self.results["sdpa"]
+        for name, values in ratios(times, "sdpa").items():
+            wall = median(self.walls[name][1:])
+            measured[name] = {**values, "wall": wall, "speed_up": 1 / values["ratio"], "rounds": times[name]}
+            if name in self.approximations:
+                width = self.approximations[name].factor.width
+                nanoseconds = values["seconds"] / self.length / width * 1e9
+                errors = {key: float((t - wanted[key]).norm() / t.norm()) for key, t in self.results[name].items()}
+                measured[name] |= {"width": width, "ns_per_token_and_feature": nanoseconds, "fit": self.fit}
+                measured[name] |= {"errors": errors, "worst_gradient": max(errors["dQ"], errors["dK"], errors["dV"])}
+                measured[name]["worst_factor_gradient"] = max(e for k, e in errors.items() if k[:2] in ("dA", "dB"))
+        return measured
 
 
-def growth(result: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The exponent of CPU seconds in L, by least squares over all lengths of a row, where there are two or more."""
-    exponents: dict[str, dict[str, float]] = {}
+def measure(row: Row, lengths: list[int], repeats: int) -> dict[int, dict[str, Any]]:
+    """All lengths in turn, so that drift does not bend the exponent; cheap variants several times over at short lengths."""
+    cases = {length: Case(row, length) for length in lengths}
+    turns: dict[str, tuple[int, str, int]] = {}
+    for length in lengths:
+        for name in ["sdpa", *row.factors]:
+            turns[f"{name} at {length}"] = length, name, 1 if name == "sdpa" else max(1, max(lengths) // length)
+    times = interleaved({key: (lambda t=t: cases[t[0]].run(*t[1:])) for key, t in turns.items()}, repeats)
+    found: dict[int, dict[str, list[float]]] = {length: {} for length in lengths}
+    for key, (length, name, count) in turns.items():
+        found[length][name] = [seconds / count for seconds in times[key]]
+    return {length: cases[length].summary(found[length]) for length in lengths}
+
+
+def growth(result: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """The exponent of CPU seconds in L: least squares over all rounds of all lengths of a row, and its standard error."""
+    exponents: dict[str, dict[str, dict[str, float]]] = {}
     for row, by_length in result["rows"].items():
         for variant in next(iter(by_length.values()))["variants"]:
             points = [
-                (math.log(int(length)), math.log(m["variants"][variant]["seconds"]))
+                (math.log(int(length)), math.log(seconds))
                 for length, m in by_length.items()
-                if variant in m["variants"]
+                if (found := m["variants"].get(variant))
+                for seconds in found.get("rounds", [found["seconds"]])
             ]
-            if len(points) > 1:
-                x, y = torch.tensor(points, dtype=torch.float64).T
-                x = x - x.mean()
-                exponents.setdefault(row, {})[variant] = float(x @ y / (x @ x))
+            x, y = torch.tensor(points, dtype=torch.float64).T
+            if len(points) > 2 and x.min() < x.max():
+                x, y = x - x.mean(), y - y.mean()
+                slope = x @ y / (x @ x)
+                error = ((y - slope * x).square().sum() / (len(points) - 2) / (x @ x)).sqrt()
+                found = {"exponent": float(slope), "standard_error": float(error), "lengths": len(by_length)}
+                exponents.setdefault(row, {})[variant] = found
     return exponents
+
+
+def certificates(row: Row, length: int, repeats: int) -> dict[str, Any]:
+    """CPU seconds of a certificate of the output, dQ, dK and dV, or of the output and six factor gradients, beside SDPA."""
+    case = Case(row, length)
+    q, k, v = case.head
+    x = torch.cat(case.head, 1).detach()
+    adapter = Linear(x.new_empty(0), None, torch.randn(8, x.shape[1]), torch.randn(row.dim, 8), 1.0)
+    runs: dict[str, Callable[[], Any]] = {"sdpa": lambda: case.run("sdpa")}
+    rows = 0
+    for name, approximation in case.approximations.items():
+        out, denominators = approximation(q[None], k, v)
+        grad = case.pull[None]
+        dq, dk, dv = torch.autograd.grad(out, case.head, grad)
+        plain = partial(
+            certify,
+            approximation,
+            q[None],
+            k,
+            v,
+            out=out,
+            denominators=denominators,
+            grad=grad,
+            gradients=(dq[None], dk, dv),
+        )
+        runs[name] = plain
+        runs[f"{name}, factors"] = partial(plain, projections={n: Projection(x, adapter) for n in "qkv"})
+        rows = plain().rows
+    variants = ratios(interleaved(runs, repeats), "sdpa")
+    return {"provenance": provenance(), "exact_rows": rows, "variants": variants}
+
+
+def memory(row: str, variant: str, length: int) -> dict[str, Any]:
+    """Peak resident memory of forward and backward with a certificate, MB, in a process of its own."""
+    command = [sys.executable, __file__, "--peak", row, variant, str(length)]
+    found = subprocess.run(command, env=plain_environment(), stdout=subprocess.PIPE, check=True, text=True)
+    return {"provenance": provenance(), "row": row, "variant": variant, "length": length, **json.loads(found.stdout)}
+
+
+def peak(row: str, variant: str, length: int) -> None:
+    """Print what :func:`memory` gives, of this process."""
+    torch.manual_seed(0)
+    kind = ROWS[row]
+    q, k, v = (t.requires_grad_() for t in kind.head(length, kind.dim, kind.size))
+    p, grad = Preconditioner.fit(q, k, kind.dim**-0.5), torch.randn(1, length, kind.dim)
+    approximation = Factored(p, kind.factors[variant](p), scale=kind.dim**-0.5, causal=kind.causal)
+    before = resident_mb()
+    reset_peak()
+    out, denominators = approximation(q[None], k, v)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad)
+    step = peak_mb()
+    certify(approximation, q[None], k, v, out=out, denominators=denominators, grad=grad, gradients=(dq[None], dk, dv))
+    print(json.dumps({"before": before, "step": step, "with_certificate": peak_mb()}))
+
+
+def speed(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Every variant of the rows asked for, and the growth of all rows there are."""
+    for name in args.rows:
+        for length, variants in measure(ROWS[name], args.lengths, args.repeats).items():
+            result["rows"].setdefault(name, {})[str(length)] = {"provenance": provenance(), "variants": variants}
+            print(f"\n{name}, L={length}: CPU seconds forward and backward, speed-up over SDPA, relative errors")
+            shown = [
+                {"variant": n, **m, **{key: f"{e:.1e}" for key, e in m.get("errors", {}).items()}}
+                for n, m in variants.items()
+            ]
+            columns = ["variant", "width", "seconds", "wall", "speed_up", "out", "dQ", "dK", "dV"]
+            table(shown, columns + [f"d{f}_{n}" for n in "qkv" for f in "AB"])
+        result["growth"] = growth(result)
+        write(args.json, result)
+    print("\nexponent of the time in L")
+    table(
+        [{"row": r, "variant": v, **e} for r, x in result["growth"].items() for v, e in x.items()],
+        ["row", "variant", "exponent", "standard_error", "lengths"],
+    )
 
 
 def main() -> None:
@@ -178,29 +304,40 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768, 65536])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=f"of {list(ROWS)}")
+    parser.add_argument("--parts", nargs="+", choices=["speed", "certificate", "memory"], default=["speed"])
+    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.peak:
+        peak(args.peak[0], args.peak[1], int(args.peak[2]))
+        return
+    steady_memory()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     result: dict[str, Any] = {"rows": {}, **earlier(args.json)}
-    for name in args.rows:
-        for length in args.lengths:
-            variants = measure(ROWS[name], length, args.repeats)
-            result["rows"].setdefault(name, {})[str(length)] = {"provenance": provenance(), "variants": variants}
-            result["growth"] = growth(result)
-            print(f"\n{name}, L={length}: CPU seconds forward and backward, speed-up over SDPA, relative errors")
-            shown = [
-                {"variant": n, **m, **{key: f"{e:.1e}" for key, e in m.get("errors", {}).items()}}
-                for n, m in variants.items()
-            ]
-            columns = ["variant", "width", "seconds", "wall", "speed_up", "out", "dQ", "dK", "dV"]
-            table(shown, columns + [f"d{f}_{n}" for n in "qkv" for f in "AB"])
-            write(args.json, result)
-    print("\nexponent of the time in L")
-    table(
-        [{"row": r, "variant": v, "exponent": e} for r, x in result["growth"].items() for v, e in x.items()],
-        ["row", "variant", "exponent"],
-    )
+    if "speed" in args.parts:
+        speed(args, result)
+    if "certificate" in args.parts:
+        for name in args.rows:
+            for length in args.lengths:
+                found = certificates(ROWS[name], length, args.repeats)
+                result.setdefault("certificate", {}).setdefault(name, {})[str(length)] = found
+                print(
+                    f"\n{name}, L={length}: CPU seconds of a certificate, and their share of SDPA forward and backward"
+                )
+                shown = [{"variant": n, **m} for n, m in found["variants"].items()]
+                table(shown, ["variant", "seconds", "ratio", "ratio_low", "ratio_high"])
+                write(args.json, result)
+    if "memory" in args.parts:
+        result["memory"] = [
+            memory(name, variant, length)
+            for name in args.rows
+            for variant in ROWS[name].factors
+            for length in args.lengths
+        ]
+        print("\npeak resident memory, MB: before, of forward and backward, with a certificate")
+        table(result["memory"], ["row", "variant", "length", "before", "step", "with_certificate"])
+        write(args.json, result)
 
 
 if __name__ == "__main__":

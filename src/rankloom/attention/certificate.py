@@ -10,9 +10,8 @@ most of the error is in. :mod:`rankloom.attention.strata` draws them by ``approx
 exact gradient less what it adds to the approximate one, at the same output gradient. ``|D|^2`` is estimated without bias from
 products of independent replicates of the sample (:func:`rankloom.attention.strata.sum_of_rows`).
 
-Errors are relative to the approximate
-tensor, which is known exactly; as ``|exact| >= |approximate| - error``, an absolute limit ``u`` is the relative limit
-``u / (|approximate| - u)``, infinite where the approximate tensor is no larger than its error.
+Errors are relative to the approximate tensor, which is known exactly; as ``|exact| >= |approximate| - error``, an absolute
+limit ``u`` is the relative limit ``u / (|approximate| - u)``, infinite where the approximate tensor is no larger than its error.
 
 **Control variate**: ``approximate + mean D_r`` is unbiased for the exact gradient, with the sampling variance of the mean as
 its squared error. It is offered where that is below the estimate of ``|D|^2``. (The choice rests on the same rows, so exactly
@@ -32,13 +31,13 @@ from torch import Tensor
 
 from rankloom.attention.contract import Approximation
 from rankloom.attention.projection import Projection
-from rankloom.attention.strata import FEWEST, SumOfRows, stratify, sum_of_rows, total
+from rankloom.attention.rows import Rows
+from rankloom.attention.strata import FEWEST, Sample, SumOfRows, stratify, sum_of_rows, total
 from rankloom.errors import AttentionError
 
 __all__ = ["Certificate", "Estimate", "certify"]
 
 _ROWS, _SHARE = 256, 256  # by default one row in so many, and no more than 256
-_LOGITS = 2**21  # rows x L at once
 
 
 @dataclass(frozen=True)
@@ -96,8 +95,9 @@ def certify(
     ``projections`` for any of ``q, k, v`` the ``dA_n`` and ``dB_n`` of those.
 
     ``rows`` are by default ``g L / 256``, at least 64 and at most 256; a head that has no more than ``rows`` is computed exactly.
-    Half precision is certified in float32. Time ``O(rows L d)`` plus the approximation's own dense rows; memory
-    ``O(2^21 + L (d + d_v))``.
+    Half precision is certified in float32. Time ``O(rows L d)`` plus the approximation's own dense rows, for which a factor whose
+    kernel is no function of the logits forms its features anew for each of nine samples: ``O((rows + 9) L width)``. Memory
+    ``O(2^21 + 8 L (d + d_v))``, or with ``projections`` ``O(2^21 + L (d + d_v))`` and the projections' inputs.
 
     The certificate fails, with a reason, where a denominator is not positive or anything is not finite. Raises
     :class:`AttentionError` for shapes that do not fit, ``q, k, v, grad`` that are not finite, and ``rows < 64``.
@@ -105,12 +105,7 @@ def certify(
     _check(q, k, v, grad, projections, rows)
     q, k, v = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v))
     if out is None or (grad is not None and gradients is None):
-        inputs = [t.clone().requires_grad_(grad is not None) for t in (q, k, v)]
-        with torch.set_grad_enabled(grad is not None):
-            out, denominators = approximation(*inputs)
-        if grad is not None:
-            dq, dk, dv = torch.autograd.grad(out, inputs, grad.to(out.dtype))
-            gradients = (dq, dk, dv)
+        out, denominators, gradients = _run(approximation, q, k, v, grad)
     known = {"output": out.detach()}
     if grad is not None and gradients is not None:
         grad = grad.detach().to(q.dtype)
@@ -120,85 +115,41 @@ def certify(
 
     count = q.shape[0] * q.shape[1]
     sample = stratify(_difficulty(approximation, q, grad), rows or max(FEWEST, min(_ROWS, count // _SHARE)), generator)
-    head = _Head(approximation, q, k, v, known["output"], grad, projections or {})
-    top, sums = head.differences(sample.top, torch.ones_like(sample.top, dtype=q.dtype))
-    replicates = {name: t.repeat(max(1, len(sample.drawn)), *[1] * t.ndim) for name, t in sums.items()}
-    drawn = {name: t.new_empty(sample.drawn.shape) for name, t in top.items()}
-    for i, replicate in enumerate(sample.drawn):
-        squares, sums = head.differences(replicate.flatten(), sample.weights.flatten().to(q.dtype))
-        for name, t in squares.items():
-            drawn[name][i] = t.view(replicate.shape)
-        for name, t in sums.items():
-            replicates[name][i] += t
-
-    if grad is not None:
-        known |= head.sums(known["dQ"], known["dK"], known["dV"])
-    estimates = {name: _relative(known[name], *total(sample, top[name], drawn[name])) for name in top}
-    for name, values in replicates.items():
-        estimates[name] = _corrected(known[name], sum_of_rows(values))
+    estimates = _estimates(Rows(approximation, q, k, v, known, grad, projections or {}), sample, known)
     if bad := [name for name, estimate in estimates.items() if math.isnan(estimate.error)]:
         return Certificate(math.inf, math.inf, reason=f"exact or approximate rows are not finite in {', '.join(bad)}")
     output = estimates.pop("output")
     return Certificate(output.error, output.upper, estimates, sample.top.numel() + sample.drawn.numel())
 
 
-class _Head:
-    """One head's exact rows less its approximate ones."""
+def _run(
+    approximation: Approximation, q: Tensor, k: Tensor, v: Tensor, grad: Tensor | None
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+    """The output, the denominators and, with ``grad``, the gradients."""
+    inputs = [t.clone().requires_grad_(grad is not None) for t in (q, k, v)]
+    with torch.set_grad_enabled(grad is not None):
+        out, denominators = approximation(*inputs)
+    if grad is None:
+        return out, denominators, None
+    dq, dk, dv = torch.autograd.grad(out, inputs, grad.to(out.dtype))
+    return out, denominators, (dq, dk, dv)
 
-    def __init__(
-        self,
-        approximation: Approximation,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        grad: Tensor | None,
-        projections: Mapping[str, Projection],
-    ) -> None:
-        self.approximation, self.k, self.v, self.projections = approximation, k, v, projections
-        self.heads, self.length = q.shape[:2]
-        self.q, self.out = q.flatten(0, 1), out.flatten(0, 1)
-        self.grad = None if grad is None else grad.flatten(0, 1)
 
-    def differences(self, index: Tensor, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Over the rows ``index`` (n,): squared errors (n,) of what is per row, sums with ``weight`` (n,) of what is a sum."""
-        size = max(1, _LOGITS // self.length)
-        parts = [self._batch(i, w) for i, w in zip(index.split(size), weight.split(size), strict=True)]
-        squares = {name: torch.cat([part[0][name] for part in parts]) for name in parts[0][0]}
-        return squares, {name: sum((p[1][name] for p in parts[1:]), parts[0][1][name]) for name in parts[0][1]}
-
-    def sums(self, dq: Tensor, dk: Tensor, dv: Tensor, at: Tensor | None = None) -> dict[str, Tensor]:
-        """The gradients that are sums over rows, from ``dq`` (g, n, d) at the positions ``at`` (n,), ``dk`` and ``dv`` (L, .)."""
-        if not self.projections:
-            return {"dK": dk, "dV": dv}
-        everywhere = torch.arange(self.length, device=dk.device)
-        parts = {"q": (dq, everywhere if at is None else at), "k": (dk[None], everywhere), "v": (dv[None], everywhere)}
-        named = {n: p.gradients(*parts[n]) for n, p in self.projections.items()}
-        return {f"{factor}_{n}": t for n, pair in named.items() for factor, t in zip(("dA", "dB"), pair, strict=True)}
-
-    def _batch(self, index: Tensor, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        head, at, backward = index // self.length, index % self.length, self.grad is not None
-        q, k = self.q[index].requires_grad_(backward), self.k.detach().requires_grad_(backward)
-        with torch.set_grad_enabled(backward):
-            exact = self._exact(q, at, k)
-            difference = exact - self.approximation.weights(q, at, k)
-        squares = {"output": (exact.detach() @ self.v - self.out[index]).double().square().sum(1)}
-        if self.grad is None:
-            return squares, {}
-        grad = self.grad[index] * weight[:, None]
-        dq, dk = torch.autograd.grad(difference, (q, k), grad @ self.v.mT)
-        dv = difference.detach().mT @ grad
-        if not self.projections:
-            squares["dQ"] = (dq / weight[:, None]).double().square().sum(1)
-        by_head = dq.new_zeros(self.heads, *dq.shape)
-        by_head[head, torch.arange(len(index), device=index.device)] = dq
-        return squares, self.sums(by_head, dk, dv, at)
-
-    def _exact(self, q: Tensor, at: Tensor, k: Tensor) -> Tensor:
-        logits = (self.approximation.scale * q) @ k.mT
-        if self.approximation.causal:
-            logits = logits.masked_fill(torch.arange(self.length, device=k.device) > at[:, None], -math.inf)
-        return logits.softmax(-1)
+def _estimates(head: Rows, sample: Sample, known: dict[str, Tensor]) -> dict[str, Estimate]:
+    """Of everything, from the rows of the sample."""
+    top, sums = head.differences(sample.top, torch.ones_like(sample.top, dtype=head.k.dtype))
+    replicates = {name: t.repeat(max(1, len(sample.drawn)), *[1] * t.ndim) for name, t in sums.items()}
+    drawn = {name: t.new_empty(sample.drawn.shape) for name, t in top.items()}
+    for i, replicate in enumerate(sample.drawn):
+        squares, sums = head.differences(replicate.flatten(), sample.weights.flatten().to(head.k.dtype))
+        for name, t in squares.items():
+            drawn[name][i] = t.view(replicate.shape)
+        for name, t in sums.items():
+            replicates[name][i] += t
+    if replicates:
+        known = known | head.sums(known["dQ"], known["dK"], known["dV"])
+    estimates = {name: _relative(known[name], *total(sample, top[name], drawn[name])) for name in top}
+    return estimates | {n: _corrected(known[n], sum_of_rows(values)) for n, values in replicates.items()}
 
 
 def _difficulty(approximation: Approximation, q: Tensor, grad: Tensor | None) -> Tensor:
@@ -212,7 +163,8 @@ def _difficulty(approximation: Approximation, q: Tensor, grad: Tensor | None) ->
         scores.append(scores[0] * torch.arange(1, q.shape[1] + 1, device=q.device).rsqrt())
     if grad is not None:
         scores.append(scores[-1] * grad.norm(dim=-1))
-    return torch.stack([t.flatten().argsort().argsort() for t in scores]).amax(0)
+    ranks = torch.arange(scores[0].numel(), device=q.device)
+    return torch.stack([torch.empty_like(ranks).index_copy_(0, t.flatten().argsort(), ranks) for t in scores]).amax(0)
 
 
 def _relative(approximate: Tensor, squared: float, squared_upper: float) -> Estimate:

@@ -55,7 +55,8 @@ class Approximation(ABC):
     @abstractmethod
     def weights(self, q: Tensor, at: Tensor, k: Tensor) -> Tensor:
         """The normalised attention rows (m, L) that :meth:`__call__` amounts to, for single queries ``q`` (m, d) at the
-        positions ``at`` (m,): dense, differentiable in ``q`` and ``k``; for certificates and tests."""
+        positions ``at`` (m,): dense, differentiable in ``q`` and ``k``; for certificates and tests. Where causal, keys
+        after all of ``at`` may be left out."""
 
     @abstractmethod
     def difficulty(self, q: Tensor) -> Tensor:

@@ -64,14 +64,12 @@ class Factored(Approximation):
 
     def _mask(self, kernel: Tensor, queries: Tensor, keys: Tensor, at: Tensor) -> Tensor:
         """0 after the query, exact where query and key share a chunk."""
-        key = torch.arange(len(keys), device=keys.device)
-        kernel = kernel * (key <= at[:, None])
-        for start in (at // self.chunk * self.chunk).unique().tolist():
-            rows = (at // self.chunk * self.chunk == start).nonzero()[:, 0]
-            columns = key[start : start + self.chunk]
-            near = (queries[rows] @ keys[columns].mT).exp() * (columns <= at[rows, None])
-            kernel = kernel.index_put((rows[:, None], columns), near)
-        return kernel
+        kernel = kernel.masked_fill(torch.arange(len(keys), device=keys.device) > at[:, None], 0.0)
+        within = at % self.chunk
+        row, offset = (torch.arange(self.chunk, device=at.device) <= within[:, None]).nonzero().unbind(1)
+        key = (at - within)[row] + offset
+        near = (queries.index_select(0, row) * keys.index_select(0, key)).sum(1).exp()
+        return kernel.index_put((row, key), near)
 
     def difficulty(self, q: Tensor) -> Tensor:
         return self.preconditioner.queries(q.detach()).norm(dim=-1)
@@ -100,9 +98,11 @@ class _Kernel(torch.autograd.Function):
         for a in range(0, len(k), step := default_chunk(factor, causal=False)):
             keys, g = k[a : a + step].mT.contiguous(), grad[:, a : a + step]
             features = factor.features(keys)
-            back.addmm_(features, g.mT)
+            if ctx.needs_input_grad[0]:
+                back.addmm_(features, g.mT)
             grad_k[a : a + step] = factor.pull_back(keys, features, mixed @ g).mT
-        return factor.pull_back(x, phi, factor.mix(back)).mT, grad_k, None
+        grad_q = factor.pull_back(x, phi, factor.mix(back)).mT if ctx.needs_input_grad[0] else None
+        return grad_q, grad_k, None
 
 
 def factored_kernel(q: Tensor, k: Tensor, factor: Factor) -> Tensor:

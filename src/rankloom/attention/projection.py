@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
-from rankloom.attention.exact import factor_gradients
 from rankloom.kernels.lowrank import Linear
 
 __all__ = ["Projection"]
@@ -26,8 +27,20 @@ class Projection:
     linear: Linear
     pull_back: Callable[[Tensor, Tensor], Tensor] | None = None
 
-    def gradients(self, grad: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-        """``dA`` (r, D) and ``dB`` (heads * d, r) from ``grad`` (heads, n, d) at the positions ``at`` (n,)."""
-        grad = grad if self.pull_back is None else self.pull_back(grad, at)
-        x, a, b = (t.detach().to(grad.dtype) for t in (self.x[at], self.linear.a, self.linear.b))
-        return factor_gradients(x, self.linear._replace(a=a, b=b), grad.transpose(0, 1).flatten(1))
+    def to(self, dtype: torch.dtype) -> Projection:
+        """The same in ``dtype``, as a constant."""
+        a, b = (t.detach().to(dtype) for t in (self.linear.a, self.linear.b))
+        return replace(self, x=self.x.detach().to(dtype), linear=self.linear._replace(a=a, b=b))
+
+    @cached_property
+    def inner(self) -> Tensor:
+        """``X A^T`` (L, r), which the gradients of all samples of rows share."""
+        return self.x @ self.linear.a.mT
+
+    def gradients(self, grad: Tensor, at: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``dA`` (r, D) and ``dB`` (heads * d, r) from ``grad`` (heads, n, d) at the positions ``at`` (n,), or at all of them."""
+        if self.pull_back is not None:
+            grad = self.pull_back(grad, torch.arange(len(self.x), device=grad.device) if at is None else at)
+        grad = grad.transpose(0, 1).flatten(1)
+        x, inner = (t if at is None else t[at] for t in (self.x, self.inner))
+        return self.linear.scale * (grad @ self.linear.b).mT @ x, self.linear.scale * grad.mT @ inner
