@@ -40,5 +40,5 @@ bench: setup
 	$(BIN)/python bench/quantized_base.py --layers 4 --json bench/results/quantized_base.json
 	$(BIN)/python bench/gradient_informed.py --json bench/results/gradient_informed.json
 	$(BIN)/python bench/limits_speed.py --json bench/results/limits_speed.json
-	$(BIN)/python bench/limits_phase.py --json bench/results/limits_phase.json --figure docs/figures/limits_phase.svg
+	$(BIN)/python bench/limits_phase.py --json bench/results/limits_phase.json --figure docs/figures/limits_phase.png
 	$(BIN)/python bench/limits_training.py --json bench/results/limits_training.json

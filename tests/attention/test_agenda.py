@@ -134,5 +134,5 @@ def test_a_model_whose_heads_all_fail_stays_within_the_share(error: float) -> No
                 layer.turns[head].measured(found, step=step, refresh=10, eps=1e-2, length=LENGTH)
         assert budget.spent <= 0.04 * budget.exact
         counts.append([turn.measurements for layer in model for turn in layer.turns.values()])
-    assert min(counts[-1]) >= 3 and max(counts[-1]) - min(counts[-1]) <= 1
+    assert min(counts[-1]) >= 2 and max(counts[-1]) - min(counts[-1]) <= 1
     assert budget.spent > 0.003 * budget.exact

@@ -48,10 +48,10 @@ def test_what_was_not_timed_is_never_faster() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("width", [50, 150, 5000])
-def test_break_even_is_where_both_take_the_same_time(kind: cost.Kind, width: int) -> None:
+def test_break_even_is_where_an_approximation_is_worth_using(kind: cost.Kind, width: int) -> None:
     at = MODEL.break_even(width, kind)
     for length in (0.9 * at, 1.1 * at):
-        faster = MODEL.approximate(int(length), width, kind) < MODEL.exact(int(length))
+        faster = MODEL.approximate(int(length), width, kind) < MODEL.worth(int(length))
         assert faster == (length > at)
 
 
@@ -67,7 +67,7 @@ def test_the_widest_is_the_last_that_is_faster(within: float) -> None:
     fast = [
         width
         for width in range(1, 1001)
-        if MODEL.approximate(length, width, "isotropic") < min(within, MODEL.exact(length))
+        if MODEL.approximate(length, width, "isotropic") < min(within, MODEL.worth(length))
     ]
     assert MODEL.widest(length, "isotropic", most=1000, within=within) == len(fast)
     assert MODEL.widest(length, "isotropic", most=150) == 150

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from rankloom.attention.contract import Factor
 from rankloom.attention.engine import default_chunk, factored_attention
 from rankloom.attention.polynomial import Anisotropic, Isotropic, exponential_series
-from rankloom.errors import DataError
+from rankloom.errors import AttentionError
 
 DIM, VALUES, LENGTH = 3, 4, 23
 
@@ -237,9 +237,9 @@ def test_bad_input_is_refused() -> None:
         ((q[:, 1:], k, v, log_weight), "as many queries"),
         ((q.float(), k, v, log_weight), "all float32 or all float64"),
     ):
-        with pytest.raises(DataError, match=match):
+        with pytest.raises(AttentionError, match=match):
             factored_attention(*bad, factor, causal=True)
-    with pytest.raises(DataError, match="at least one token"):
+    with pytest.raises(AttentionError, match="at least one token"):
         factored_attention(q, k, v, log_weight, factor, causal=True, chunk=-1)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from rankloom.attention.factored import Factored, factored_kernel
 from rankloom.attention.polynomial import Anisotropic, Isotropic
 from rankloom.attention.precondition import Preconditioner
-from rankloom.errors import CompositionError, DataError
+from rankloom.errors import AttentionError, CompositionError
 
 DIM, LENGTH, SCALE = 4, 61, 0.5
 
@@ -110,5 +110,5 @@ def test_bad_input_is_refused() -> None:
         Factored(p, Isotropic(3, 2), scale=SCALE, causal=True)
     with pytest.raises(CompositionError, match="fitted at scale"):
         Factored(p, Isotropic(4, 2), scale=0.1, causal=True)
-    with pytest.raises(DataError, match="rows of attention"):
+    with pytest.raises(AttentionError, match="rows of attention"):
         approximation(q, k, causal=True).weights(q[0], torch.arange(3), k)

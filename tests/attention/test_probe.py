@@ -15,7 +15,7 @@ from torch import Tensor
 import rankloom
 from rankloom.attention import probe as module
 from rankloom.attention.capture import capture
-from rankloom.attention.cost import CostModel
+from rankloom.attention.cost import MARGIN, CostModel
 from rankloom.attention.figure import draw
 from rankloom.attention.precondition import Preconditioner
 from rankloom.attention.probe import probe, probe_head
@@ -73,7 +73,7 @@ def test_planted_heads(kind: str, dim: int, verdict: str, causal: bool) -> None:
     else:
         assert best is not None and max(best.errors) <= 1e-2 and at is not None
         assert (report.verdicts[1024] == "exact") == (at > 1024) == bool(report.reason)
-        assert at == pytest.approx(best.width)  # 10 ns L k against 10 ns L^2
+        assert at == pytest.approx(MARGIN * best.width)  # 10 ns L k against 10 ns L^2
         assert report.drift is not None and report.drift > 0
 
 

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankloom.attention.candidates import MOST_FEATURES
 from rankloom.attention.cost import CostModel
 from rankloom.attention.fitting import Fit
 from rankloom.attention.precondition import Preconditioner
@@ -41,7 +42,7 @@ HOPELESS = 10.0
 # Query-key pairs of exact attention that take as long as one calibration, times d. Measured on a CPU: 0.6e10 to 4.2e10, for d
 # of 16 to 128. Elsewhere an estimate: a timed call lasts 4 ms or more, in which an accelerator does 1000 times the pairs.
 _CALIBRATION, _ACCELERATED = 3e10, 1000
-_SCREENED, _NARROWEST, _WIDEST = 1024, 64, 1024
+_SCREENED, _NARROWEST = 1024, 64
 _LOOK_ROWS, _MOST_DEGREE = 256, 8
 _GRADIENTS = 10.0  # times the output's error is what gradients err by, give or take
 _TOKENS_A_FEATURE = 4  # from about so many on approximations are faster
@@ -153,10 +154,10 @@ def search_seconds(cost: CostModel, lengths: Sequence[int], *, within: float = i
     """
     longest = max(lengths)
     screened = -(-longest // max(1, longest // _SCREENED))
-    limit, total = min(cost.exact(longest), within), 0.0
+    limit, total = min(cost.worth(longest), within), 0.0
     for kind in cost.linear:
         width = _NARROWEST
-        while width <= _WIDEST and cost.approximate(longest, width, kind) <= limit:
+        while width <= MOST_FEATURES and cost.approximate(longest, width, kind) <= limit:
             total += cost.approximate(screened, width, kind)
             total += certified * sum(cost.approximate(n, width, kind) for n in lengths) / 2
             width *= 2

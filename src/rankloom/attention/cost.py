@@ -29,12 +29,14 @@ from rankloom.attention.candidates import CANDIDATES, KINDS, Candidates, Kind
 from rankloom.attention.contract import Approximation
 from rankloom.attention.precondition import Preconditioner
 
-__all__ = ["KINDS", "CostModel", "Kind", "calibrate"]
+__all__ = ["KINDS", "MARGIN", "CostModel", "Kind", "calibrate"]
 
 _WIDE = 1024  # wider ones cost in proportion,
 _WIDEST = 2200  # but one size alone says nothing: the degree-2 polynomial of a 64-dimensional head is the next
 _SHARE = 0.5  # of the keys, for an exact part large enough to time
 _ROUNDS = 3
+MARGIN = 1.1
+"""An approximation has to be predicted this many times as fast as exact attention before it is used: predictions err too."""
 _LEAST_SECONDS = 4e-3  # a shorter call times the launch instead of the work
 
 
@@ -56,25 +58,30 @@ class CostModel:
         b, c = self.quadratic
         return b * length + c * length * length
 
+    def worth(self, length: int) -> float:
+        """Seconds that an approximation has to stay below to be worth using: exact attention's over :data:`MARGIN`."""
+        return self.exact(length) / MARGIN
+
     def approximate(self, length: int, width: int, kind: Kind) -> float:
         """Seconds of attention through ``width`` features."""
         fixed, rate = self._line(width, kind)
         return fixed + rate * length + self._curvature(kind) * length * length
 
     def break_even(self, width: int, kind: Kind) -> float:
-        """The length from which on the approximation is faster; infinite where it never is.
+        """The length from which on the approximation is worth using; infinite where it never is.
 
-        The positive root of ``(c - s p) L^2 + (b - r) L - a``: exact attention is convex in ``L`` and starts below.
+        The positive root of ``(c / m - s p) L^2 + (b / m - r) L - a`` with the margin ``m``: exact attention is convex in ``L``
+        and starts below.
         """
-        (b, c), (fixed, rate) = self.quadratic, self._line(width, kind)
+        (b, c), (fixed, rate) = (x / MARGIN for x in self.quadratic), self._line(width, kind)
         slope, c = b - rate, c - self._curvature(kind)
         if c <= 0:
             return fixed / slope if slope > 0 and c == 0 else inf
         return (-slope + sqrt(slope * slope + 4 * c * fixed)) / (2 * c)
 
     def widest(self, length: int, kind: Kind, *, most: int, within: float = inf) -> int:
-        """The largest width up to ``most`` that takes less than exact attention and than ``within`` seconds; 0 for none."""
-        limit = min(within, self.exact(length))
+        """The largest width up to ``most`` that is worth using and takes less than ``within`` seconds; 0 for none."""
+        limit = min(within, self.worth(length))
         # Seconds never fall with the width, so the first width that is too slow can be bisected for.
         return bisect_left(range(1, most + 1), limit, key=lambda width: self.approximate(length, width, kind))
 

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from rankloom.attention.contract import Factor
 from rankloom.attention.sweeps import Gradients, Head, backward, backward_causal, columns, forward, forward_causal
-from rankloom.errors import DataError
+from rankloom.errors import AttentionError
 
 __all__ = ["default_chunk", "factored_attention"]
 
@@ -41,11 +41,11 @@ def factored_attention(
     ``q`` (g, L_q, dim) and ``k`` (L, dim) in the factor's coordinates, ``v`` (L, d_v), ``log_weight`` (L,): ``g`` query heads
     share the key head, whose features are computed once. Returns (g, L_q, d_v) in ``v``'s dtype and (g, L_q), which has no
     gradient; features and state are float32 at least, also under autocast. Differentiable once.
-    Raises ``DataError`` for shapes that do not match, or a chunk below 1.
+    Raises ``AttentionError`` for shapes that do not match, or a chunk below 1.
     """
     _check(q, k, v, log_weight, factor, causal)
     if chunk is not None and chunk < 1:
-        raise DataError(f"a chunk has at least one token, got {chunk}: leave it out for the engine's own length")
+        raise AttentionError(f"a chunk has at least one token, got {chunk}: leave it out for the engine's own length")
     chunk = chunk or default_chunk(factor, causal, q.element_size())
     heads = q if causal else q.reshape(1, -1, q.shape[-1])  # without a mask, heads are but more queries
     out, denominators = _Factored.apply(heads, k, v, log_weight, factor, causal, chunk)
@@ -55,17 +55,17 @@ def factored_attention(
 def _check(q: Tensor, k: Tensor, v: Tensor, log_weight: Tensor, factor: Factor, causal: bool) -> None:
     length = len(k)
     if q.dim() != 3 or k.dim() != 2 or v.dim() != 2 or q.shape[-1] != factor.dim or k.shape[-1] != factor.dim:
-        raise DataError(
+        raise AttentionError(
             f"factored attention takes q (g, L, {factor.dim}), k (L, {factor.dim}) and v (L, d_v); "
             f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
     if len(v) != length or log_weight.shape != (length,) or (causal and q.shape[1] != length):
-        raise DataError(
+        raise AttentionError(
             f"{length} keys need as many values and log-weights, and as many queries where causal; "
             f"got {len(v)}, {tuple(log_weight.shape)} and {q.shape[1]}"
         )
     if not q.dtype == k.dtype == log_weight.dtype or q.dtype not in (torch.float32, torch.float64):
-        raise DataError(
+        raise AttentionError(
             f"queries, keys and log-weights are all float32 or all float64; got {q.dtype}, {k.dtype}, {log_weight.dtype}"
         )
 

@@ -12,7 +12,7 @@ from rankloom.attention.contract import Approximation, Factor
 from rankloom.attention.engine import default_chunk, factored_attention
 from rankloom.attention.polynomial import Isotropic
 from rankloom.attention.precondition import Preconditioner
-from rankloom.errors import CompositionError, DataError
+from rankloom.errors import AttentionError, CompositionError
 
 __all__ = ["Factored", "factored_kernel"]
 
@@ -50,7 +50,7 @@ class Factored(Approximation):
 
     def weights(self, q: Tensor, at: Tensor, k: Tensor) -> Tensor:
         if q.dim() != 2 or k.dim() != 2 or at.shape != q.shape[:1]:
-            raise DataError(
+            raise AttentionError(
                 f"rows of attention are of queries (m, d) at positions (m,) over keys (L, d); "
                 f"got {tuple(q.shape)}, {tuple(at.shape)} and {tuple(k.shape)}"
             )

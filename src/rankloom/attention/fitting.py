@@ -141,7 +141,7 @@ def _candidates(k: Tensor, length: int, cost: CostModel) -> list[tuple[float, Ki
         for kind, candidates in CANDIDATES.items()
         for size in candidates.sizes(dim, MOST_FEATURES, tokens)
     ]
-    return sorted(candidate for candidate in timed if candidate[0] < cost.exact(length))
+    return sorted(candidate for candidate in timed if candidate[0] < cost.worth(length))
 
 
 def _errors(

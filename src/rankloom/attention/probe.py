@@ -200,7 +200,7 @@ def _passing(trials: Trials, need: Need, length: int, cost: CostModel, degree: i
 
 def _verdict(passing: Sequence[Trial], length: int, cost: CostModel) -> Verdict:
     best = min(passing, key=lambda t: cost.approximate(length, t.width, t.kind), default=None)
-    if best is None or cost.approximate(length, best.width, best.kind) >= cost.exact(length):
+    if best is None or cost.approximate(length, best.width, best.kind) >= cost.worth(length):
         return "exact"
     return CANDIDATES[best.kind].verdict
 
