@@ -461,7 +461,7 @@ def test_a_state_without_an_account_is_refused() -> None:
 
 
 def test_measurements_wait_for_the_budget_and_the_log_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is lent to heads of large norms; each is measured when two and a half times exact attention's time has paid for it."""
+    """Nothing is lent to heads of large norms; each is measured once 2.5 times exact attention's time has paid for it."""
     at: list[int] = []
     real = heads.fit
     model, batch = llama(small=()), tokens()
