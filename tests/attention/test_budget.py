@@ -38,15 +38,15 @@ def test_the_balance_is_a_share_of_exact_attention_and_half_of_what_was_saved() 
 
 
 def test_a_search_costs_all_screens_and_half_of_the_certificates() -> None:
-    # Widths 64 and 128 pay at 1000 tokens (2000 s): each is screened there, and half of two sequences certified.
+    # Widths 64 and 128 pay at 1000 tokens (2000 s, less the margin): each is screened there, and half of two sequences certified.
     one = 8 * len(KINDS) * (640 + 1280)
     assert search_seconds(COST, (1000,)) == pytest.approx(1.5 * one)
     assert search_seconds(COST, (1000, 500)) == pytest.approx((1 + 0.5 * 1.5) * one)
     assert search_seconds(COST, (1000,), certified=False) == pytest.approx(one)
     assert search_seconds(COST, (1000,), within=1279) == pytest.approx(1.5 * 8 * len(KINDS) * 640)
-    # Long ones are screened on every fourth of 4200 tokens; 512 is the widest that pays (4200 + 17640 s).
-    screens = 8 * len(KINDS) * (64 + 128 + 256 + 512) / 100 * 1050
-    assert search_seconds(COST, (4200,), certified=False) == pytest.approx(screens)
+    # Long ones are screened on every fourth of 4700 tokens; 512 is the widest that pays (4700 + 22090 s).
+    screens = 8 * len(KINDS) * (64 + 128 + 256 + 512) / 100 * 1175
+    assert search_seconds(COST, (4700,), certified=False) == pytest.approx(screens)
     assert search_seconds(replace(COST, group=3), (1000,)) == pytest.approx(1.5 * one / 2)
 
 
@@ -63,12 +63,12 @@ def test_what_a_measurement_found_decides_what_is_booked() -> None:
 
 
 def test_heads_below_every_break_even_length_are_not_measured() -> None:
-    slow = CostModel((0.0, 1e-3), dict.fromkeys(KINDS, ((64, 0.0, 1.0),)))  # L against L^2 / 1000
-    assert too_short(slow, (999,)) and not too_short(slow, (1001,)) and not too_short(slow, (300, 1001))
+    slow = CostModel((0.0, 1e-3), dict.fromkeys(KINDS, ((64, 0.0, 1.0),)))  # L against L^2 / 1100
+    assert too_short(slow, (1099,)) and not too_short(slow, (1101,)) and not too_short(slow, (300, 1101))
     budget = account(share=1e9, cost=slow)
-    budget.ran(PLACE, (999,), 1)
-    assert budget.admit(PLACE, (999,), budget.balance, unused) == "length"
-    assert budget.admit(PLACE, (1001,), budget.balance, unused) is slow
+    budget.ran(PLACE, (1099,), 1)
+    assert budget.admit(PLACE, (1099,), budget.balance, unused) == "length"
+    assert budget.admit(PLACE, (1101,), budget.balance, unused) is slow
     assert budget.spent == 0
 
 
