@@ -78,7 +78,8 @@ def theirs(start: str, model: Any, data: Calibration, rank: int, **settings: Any
         def forwards() -> None:
             with torch.no_grad():
                 for batch in data.batches:
-                    model(**batch)
+                    for row in range(len(batch["input_ids"])):  # its hooks take one sequence at a time
+                        model(**{key: value[row : row + 1] for key, value in batch.items()})
 
         preprocess_corda(model, config, run_model=forwards)
     made = peft.get_peft_model(model, config)
