@@ -143,8 +143,8 @@ def too_short(cost: CostModel, lengths: Sequence[int]) -> bool:
 def search_seconds(cost: CostModel, lengths: Sequence[int], *, within: float = inf, certified: bool = True) -> float:
     """About what :func:`~rankloom.attention.fitting.fit` takes for one head.
 
-    With ``a(n, w)`` the approximation's time of width ``w``, over all kinds and widths (64, 128, ... 4096) that are worth using at
-    the longest length and no slower than ``within``,
+    With ``a(n, w)`` the approximation's time of width ``w``, over all kinds and widths (64, 128, ... 4096) that are worth using
+    at the longest length and no slower than ``within``,
 
         (2 + 6 / g) sum_w [ a(1024, w) + 1/2 sum_n a(n, w) ],
 
