@@ -13,7 +13,7 @@ import rankloom
 from rankloom import Recipe, Targets, adapt
 from rankloom.adapters import Dense, DoRA, LoRA
 from rankloom.errors import CompositionError, RecipeError, TargetError
-from rankloom.init import AsStored, Gaussian
+from rankloom.init import Gaussian, OwnStart
 from tests import zoo
 
 METHODS = tuple(rankloom.methods.TABLE)
@@ -247,7 +247,7 @@ def test_a_frozen_base_that_was_frozen_stays_so() -> None:
 
 def test_dense_keeps_the_bases_precision_or_widens_it() -> None:
     for dtype, want in (("base", torch.bfloat16), ("auto", torch.float32)):
-        recipe = Recipe(adapter=Dense(dtype=dtype), init=AsStored())
+        recipe = Recipe(adapter=Dense(dtype=dtype), init=OwnStart())
         handle = adapt(zoo.build("llama", dtype=torch.bfloat16), recipe)
         assert {b.adapter.weight.dtype for b in handle.bindings} == {want}
 

@@ -13,7 +13,7 @@ import rankloom
 from rankloom import Recipe, Targets
 from rankloom.adapters import Dense, DoRA, LoRA
 from rankloom.errors import CompositionError, RecipeError
-from rankloom.init import AsStored, Gaussian, Kaiming, OneStepGradient
+from rankloom.init import Gaussian, Kaiming, OneStepGradient, OwnStart
 from rankloom.optim import AdamW, Projected
 from rankloom.parts import SLOTS, kinds
 from rankloom.rank import AdaLoRA
@@ -45,7 +45,7 @@ def test_an_impossible_composition_names_both_parts_and_what_works(need: str) ->
 def test_what_is_offered_instead_does_work() -> None:
     Recipe(adapter=LoRA(core="diagonal"), init=Gaussian(), rank=AdaLoRA()).check()
     Recipe(adapter=DoRA(core="diagonal"), rank=AdaLoRA()).check()
-    Recipe(adapter=Dense(), init=AsStored(), optimizer=Projected()).check()
+    Recipe(adapter=Dense(), init=OwnStart(), optimizer=Projected()).check()
 
 
 def test_every_need_of_every_part_is_offered_by_some_part() -> None:
@@ -87,7 +87,7 @@ def test_parts_are_entered_by_slot_and_kind() -> None:
         ({"adapter": {"kind": "lora", "rank_pattern": {"q": 0}}}, r"rank must be at least 1"),
         ({"adapter": {"kind": "lora", "dropout": 1.0}}, r"dropout must be in \[0, 1\)"),
         ({"adapter": {"kind": "lora", "core": "round"}}, r"core: .*'identity', 'diagonal' or 'square'"),
-        ({"adapter": {"kind": "lora", "train": "core"}}, r"nothing to train: set adapter.core"),
+        ({"adapter": {"kind": "lora", "train": "core"}}, r"has no core: set adapter.core"),
         ({"adapter": {"rank": 4}}, r"unknown adapter None"),
         ({"init": "kaimng"}, r"unknown init 'kaimng'; did you mean kaiming"),
         ({"targets": {"ties": "loose"}}, r"ties"),

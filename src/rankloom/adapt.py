@@ -156,8 +156,12 @@ class Adaptation:
             raise CompositionError(
                 "low-rank gradients never exist in full, so their norm cannot be clipped: drop max_grad_norm"
             )
-        schedule = self.recipe.rank.build(self.bindings, total_steps)
-        schedules = [schedule] if schedule is not None else []
+        built = (
+            self.recipe.adapter.schedule(self.bindings, total_steps),
+            self.recipe.rank.build(self.bindings, total_steps),
+            self.recipe.lifecycle.build(self.bindings, total_steps),
+        )
+        schedules = [schedule for schedule in built if schedule is not None]
         if (close := getattr(self._optimizer, "close", None)) is not None:
             close()
         self._driver = Driver(self.trainables(), schedules, max_grad_norm, allow_unused)
@@ -220,6 +224,8 @@ class Adaptation:
         for name, tensor in own.items():
             if tensor.shape != state[name].shape:
                 raise ArtifactError(f"{name} has shape {tuple(tensor.shape)}, the file {tuple(state[name].shape)}")
+        for binding in self.bindings:
+            binding.adapter.check_state({key: state[f"{binding.name}.{key}"] for key in binding.adapter.state_dict()})
         for name, tensor in own.items():
             tensor.copy_(state[name])
 

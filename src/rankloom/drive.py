@@ -35,6 +35,8 @@ class Driver:
         """Follow an optimizer."""
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
+        for schedule in self.schedules:
+            schedule.attached(optimizer)
 
     def before_forward(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook of the model."""

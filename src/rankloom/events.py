@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 __all__ = ["Schedule", "broadcast"]
 
@@ -23,6 +24,9 @@ class Schedule:
 
     interval: int = 0
     """``on_interval`` comes after every ``interval``-th step; 0 for never."""
+
+    def attached(self, optimizer: Optimizer) -> None:
+        """The run's optimizer exists; for schedules that keep, zero or permute its state."""
 
     def before_forward(self, step: int) -> None:
         """Before each forward pass in training mode."""

@@ -11,11 +11,11 @@ from rankloom.adapters import Dense, DoRA, LoRA
 from rankloom.errors import RecipeError, near_names
 from rankloom.init import (
     ActivationSVD,
-    AsStored,
     CovarianceSVD,
     Gaussian,
     GradientBlocks,
     OneStepGradient,
+    OwnStart,
     QuantizationResidual,
     UpdateSVD,
     WeightQR,
@@ -220,7 +220,7 @@ TABLE: dict[str, Method] = {
         "Warm-up and final phase default to 10 % and 30 % of the run, allocation to every 10 steps.",
     ),
     "galore": Method(
-        Recipe(targets=EVERYTHING_ELSE, adapter=Dense(), init=AsStored(), optimizer=Projected(rank=128, every=200)),
+        Recipe(targets=EVERYTHING_ELSE, adapter=Dense(), init=OwnStart(), optimizer=Projected(rank=128, every=200)),
         "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection",
         "arXiv 2403.03507",
         "Full-parameter training with AdamW's moments in the top singular subspace of each gradient.",
@@ -229,7 +229,7 @@ TABLE: dict[str, Method] = {
         deviations="torch's AdamW (bias-corrected eps, decay before the update) instead of the released code's older one.",
     ),
     "full": Method(
-        Recipe(targets=EVERYTHING_ELSE, adapter=Dense(), init=AsStored()),
+        Recipe(targets=EVERYTHING_ELSE, adapter=Dense(), init=OwnStart()),
         "Full fine-tuning",
         "the baseline",
         "Every parameter trained.",

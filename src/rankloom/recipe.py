@@ -15,7 +15,7 @@ from rankloom.adapters import AdapterPart, LoRA
 from rankloom.base import AsLoaded, BasePart
 from rankloom.errors import CompositionError, RecipeError, near_names
 from rankloom.init import InitPart, Kaiming
-from rankloom.lifecycle import Once
+from rankloom.lifecycle import LifecyclePart, Once
 from rankloom.optim import AdamW, OptimizerPart
 from rankloom.parts import SLOTS, Part, offering, part_from_dict
 from rankloom.rank import Fixed, RankPart
@@ -36,7 +36,7 @@ class Recipe:
     optimizer: OptimizerPart = AdamW()
     routing: Part = Single()
     base: BasePart = AsLoaded()
-    lifecycle: Part = Once()
+    lifecycle: LifecyclePart = Once()
 
     def parts(self) -> dict[str, Part]:
         """The parts by slot."""

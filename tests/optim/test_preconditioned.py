@@ -15,7 +15,7 @@ import rankloom
 from rankloom import Recipe
 from rankloom.adapters import Dense, DoRA, LoRA, Trainable
 from rankloom.errors import CompositionError
-from rankloom.init import AsStored
+from rankloom.init import OwnStart
 from rankloom.optim import (
     AdamW,
     ALLoRA,
@@ -307,7 +307,7 @@ def test_clipping_by_the_global_norm_scales_the_step() -> None:
 @pytest.mark.parametrize("optimizer", ["riemannian", "lora-pro", "allora"])
 def test_forms_without_a_trained_pair_are_refused(optimizer: str) -> None:
     for adapter, named in ((Dense(), "dense"), (LoRA(core="diagonal"), "lora(core=diagonal)")):
-        init = AsStored() if named == "dense" else Recipe().init
+        init = OwnStart() if named == "dense" else Recipe().init
         with pytest.raises(CompositionError) as caught:
             Recipe(adapter=adapter, init=init).with_(optimizer=optimizer).check()
         message = str(caught.value)

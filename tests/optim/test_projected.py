@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rankloom import Recipe, adapt
 from rankloom.adapters import Dense, LoRA, Trainable
 from rankloom.errors import CompositionError, RecipeError
-from rankloom.init import AsStored
+from rankloom.init import OwnStart
 from rankloom.optim import AdamW, Projected, ProjectedOptimizer, SVDProjector
 from tests import zoo
 
@@ -435,4 +435,4 @@ def test_full_and_galore_share_the_form() -> None:
     """Full fine-tuning is GaLore's recipe with another optimizer: no case of its own anywhere."""
     one, two = zoo.recipe_of("full"), zoo.recipe_of("galore")
     assert {s for s, part in one.parts().items() if part != two.parts()[s]} == {"optimizer"}
-    assert one.adapter == Dense() and one.init == AsStored()
+    assert one.adapter == Dense() and one.init == OwnStart()

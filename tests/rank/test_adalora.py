@@ -15,7 +15,7 @@ import rankloom
 from rankloom import Recipe, Targets, adapt
 from rankloom.adapters import Dense, LoRA
 from rankloom.errors import CompositionError, RecipeError
-from rankloom.init import AsStored, Gaussian
+from rankloom.init import Gaussian, OwnStart
 from rankloom.rank import AdaLoRA, AdaLoRASchedule
 from rankloom.rank.adalora import budget_at, decide
 from tests import zoo
@@ -284,7 +284,7 @@ def test_it_needs_rankable_components() -> None:
     ):
         Recipe(rank=AdaLoRA()).check()
     with pytest.raises(CompositionError, match=r"'adalora' needs ranked components, which adapter 'dense'"):
-        Recipe(adapter=Dense(), init=AsStored(), rank=AdaLoRA()).check()
+        Recipe(adapter=Dense(), init=OwnStart(), rank=AdaLoRA()).check()
     with pytest.raises(RecipeError, match="interval"):
         AdaLoRA(interval=0).check()
 

@@ -26,8 +26,11 @@ FORMS: dict[str, AdapterPart] = {
     "square": LoRA(**SETTINGS, core="square"),
     "xs": LoRA(**SETTINGS, core="square", train="core"),
     "fa": LoRA(**SETTINGS, train="B"),
+    "frozen-b": LoRA(**SETTINGS, train="A"),
+    "b-and-core": LoRA(**SETTINGS, core="square", train="B+core"),
     "dora-xs": DoRA(**SETTINGS, core="square", train="core"),
     "dora-fa": DoRA(**SETTINGS, train="B"),
+    "dora-frozen-b": DoRA(**SETTINGS, train="A"),
 }
 INITS = [kind for kind, cls in kinds("init").items() if "factors" in cls().needs]
 every_pair = pytest.mark.parametrize(("init", "form"), [(i, f) for i in INITS for f in FORMS])

@@ -3,6 +3,7 @@
 from rankloom.adapters.base import Adapter, AdapterPart, Binding, Trainable
 from rankloom.adapters.dense import Dense, DenseAdapter
 from rankloom.adapters.dora import DoRA, DoRAAdapter
+from rankloom.adapters.factored import FactoredAdapter
 from rankloom.adapters.lora import LoRA, LowRankAdapter
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "DenseAdapter",
     "DoRA",
     "DoRAAdapter",
+    "FactoredAdapter",
     "LoRA",
     "LowRankAdapter",
     "Trainable",

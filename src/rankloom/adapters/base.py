@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from rankloom.events import Schedule
 from rankloom.parts import Part
 from rankloom.targets import EmbeddingLayer, Layer, Target
 
@@ -44,8 +46,15 @@ class Adapter(nn.Module, ABC):
         """``(B, A)`` with ``delta = B A`` exactly, scale folded in; None where the update has no such form."""
         return None
 
+    def reset(self, base: Layer, generator: torch.Generator) -> None:
+        """Write the form's own start (init ``own``), drawing from ``generator``; for parts that offer ``own start``."""
+        raise NotImplementedError
+
     def initialized(self, base: Layer) -> None:
         """Called once after the init part has written the parameters; for what is derived from them."""
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Raise :class:`ArtifactError` where saved tensors were made with other frozen tensors than these (seeded forms)."""
 
 
 class AdapterPart(Part):
@@ -53,6 +62,10 @@ class AdapterPart(Part):
 
     def check_on(self, targets: list[Target]) -> None:
         """Raise :class:`TargetError` where the settings do not fit the targets; nothing is allocated yet."""
+
+    def schedule(self, bindings: list[Binding], total_steps: int | None) -> Schedule | None:
+        """What the form itself does over time, or None; see :class:`rankloom.events.Schedule`."""
+        return None
 
     def build(self, target: Target) -> Adapter:
         """A new adapter, its parameters uninitialised. Raises :class:`TargetError` where the target does not fit."""

@@ -27,6 +27,9 @@ class DenseAdapter(Adapter):
         # The copy keeps the storage order too (Conv1D's is transposed), so that step 0 runs the very same product.
         self.weight = nn.Parameter(layer.weight().to(dtype, copy=True))
 
+    def reset(self, base: Layer, generator: torch.Generator) -> None:
+        """Nothing to write: the weight was built as a copy."""
+
     def delta(self, base: Layer) -> Tensor:
         return self.weight - base.weight().to(self.weight.dtype)
 
@@ -52,7 +55,7 @@ class Dense(AdapterPart):
 
     @property
     def offers(self) -> frozenset[str]:
-        return frozenset({"dense weights"})
+        return frozenset({"dense weights", "own start"})
 
     def build(self, target: Target) -> DenseAdapter:
         layer = target.layer

@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from rankloom.adapters.lora import LoRA, LowRankAdapter, dropout
+from rankloom.adapters.factored import dropout
+from rankloom.adapters.lora import LoRA, LowRankAdapter
 from rankloom.kernels import dora_linears
 from rankloom.parts import part
 from rankloom.targets import Layer, Target

@@ -1,18 +1,18 @@
 """The family ``delta = s * B C A``: LoRA (2106.09685), rsLoRA's scale (2312.03732), AdaLoRA's triplets (2303.10512), LoRA-XS's
-square core (2405.17604), LoRA-FA's frozen ``A`` (2308.03303)."""
+square core (2405.17604), LoRA-FA's frozen ``A`` (2308.03303), CoRA's frozen ``B`` (2409.02119), LaMDA's ``A`` (2406.12832)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from rankloom.adapters.base import Adapter, AdapterPart, Dtype, adapter_dtype
+from rankloom.adapters.base import AdapterPart, Dtype, adapter_dtype
+from rankloom.adapters.factored import FactoredAdapter
 from rankloom.errors import RecipeError, TargetError, near_names
-from rankloom.kernels import Linear, lowrank_linears
 from rankloom.parts import part
 from rankloom.targets import Layer, LinearLayer, Target, matches
 
@@ -21,9 +21,9 @@ __all__ = ["SCALINGS", "LoRA", "LowRankAdapter"]
 T = TypeVar("T")
 Scaling = Literal["standard", "rslora", "triplet"]
 Core = Literal["identity", "diagonal", "square"]
-Train = Literal["all", "B", "core"]
+Train = Literal["all", "A", "B", "core", "B+core"]
 
-TRAINED = {"all": "ABER", "B": "B", "core": "ER"}
+TRAINED = {"all": "ABER", "A": "A", "B": "B", "core": "ER", "B+core": "BER"}
 
 SCALINGS = {
     "standard": lambda alpha, rank: alpha / rank,
@@ -33,7 +33,7 @@ SCALINGS = {
 }
 
 
-class LowRankAdapter(Adapter):
+class LowRankAdapter(FactoredAdapter):
     """``delta = s * B C A`` with ``A`` (r, in), ``B`` (out, r) and a core ``C``: none, ``diag(E)`` (r,), or ``R`` (r, r).
 
     What is not trained is a frozen buffer. Where the init keeps the pretrained function by subtracting its start
@@ -45,7 +45,6 @@ class LowRankAdapter(Adapter):
     """
 
     roles: ClassVar[dict[str, str]] = {"A": "A", "B": "B", "E": "core", "R": "core"}
-    shares_input: ClassVar[bool] = True
     A: Tensor
     B: Tensor
     E: Tensor | None
@@ -53,10 +52,20 @@ class LowRankAdapter(Adapter):
     mask: Tensor
 
     def __init__(
-        self, layer: Layer, rank: int, scale: float, *, core: Core, train: Train, dropout: float, dtype: torch.dtype
+        self,
+        layer: Layer,
+        rank: int,
+        scale: float,
+        *,
+        core: Core,
+        train: Train,
+        dropout: float,
+        dtype: torch.dtype,
+        fold: bool = False,
     ) -> None:
         super().__init__()
-        self.rank, self.scale, self.dropout, self.offset = rank, scale, dropout, False
+        self.rank, self.scale, self.dropout, self.offset, self.fold = rank, scale, dropout, False, fold
+        self._folded: tuple[Any, Tensor] | None = None
         shapes = {
             "A": (rank, layer.in_features),
             "B": (layer.out_features, rank),
@@ -108,11 +117,13 @@ class LowRankAdapter(Adapter):
 
         Without a core, both factors take the square root of the values; with one, the core takes them and the factors are
         ``left`` and ``right`` themselves. A component of value zero must be able to learn, so only one of its parts is
-        zero: its column of ``B``, or its core entry where ``B`` is frozen.
+        zero: its column of ``B``, or its core entry where ``B`` is frozen. Where ``A`` alone is trained, it takes the values.
         """
         left, values, right = (t.to(self.A.device) for t in (left, values, right))
         live, one = values > 0, torch.ones_like(values)
-        if self.core is None:
+        if self.trained().keys() == {"A"}:
+            self.write(left, values[:, None] * right, one)
+        elif self.core is None:
             root = values.sqrt()
             self.write(left * root, torch.where(live, root, one)[:, None] * right, one)
         elif "B" in self.trained():
@@ -126,7 +137,7 @@ class LowRankAdapter(Adapter):
         With an offset ``B C A - B0 C0 A0 = [L - L0, L0] [R; R - R0]`` for the sides ``L`` and ``R``, of rank ``k = 2r``; of
         rank r where only one side is trained. The differences are formed from the tensors that moved, without cancellation.
         """
-        columns, rows = _columns(self.B, self.R), self._rows(self.A, self.E)
+        columns, rows = self.sides()
         if not self.offset:
             return columns, rows
         moved_columns, moved_rows = self._moved("B", "R", _columns), self._moved("A", "E", self._rows)
@@ -136,6 +147,31 @@ class LowRankAdapter(Adapter):
             return columns, moved_rows
         first = _columns(self.get_buffer("B0"), self._start_of("R"))
         return torch.cat([moved_columns, first], 1), torch.cat([rows, moved_rows])
+
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """``(B, A)`` with the core folded in and the offset left out."""
+        return _columns(self.B, self.R), self._rows(self.A, self.E)
+
+    def operands(self, x: Tensor, base: Layer) -> Any:
+        linear = super().operands(x, base)
+        if linear is None or not (self.fold and self.offset):
+            return linear
+        columns, rows = self.sides()
+        return linear._replace(weight=self.folded(base), a=rows, b=columns)
+
+    @torch.no_grad()
+    def folded(self, base: Layer) -> Tensor:
+        """``W - s B0 C0 A0`` (out, in) in the layer's dtype: a copy of the weight, made once, and anew when a start is loaded."""
+        weight = base.weight()
+        fixed = [tensor for name, tensor in self.named_buffers() if name != "mask"]
+        made_of = [(t.data_ptr(), t._version, t.dtype) for t in (weight, *fixed)]
+        if self._folded is None or self._folded[0] != made_of:
+            columns = _columns(cast(Tensor, self._start_of("B")), self._start_of("R"))
+            rows = self._rows(cast(Tensor, self._start_of("A")), self._start_of("E"))
+            wide = torch.promote_types(weight.dtype, rows.dtype)
+            start = (self.scale * columns.to(wide)) @ rows.to(wide)
+            self._folded = made_of, (weight.to(wide) - start).to(weight.dtype)
+        return self._folded[1]
 
     def _rows(self, a: Tensor, e: Tensor | None) -> Tensor:
         return a if e is None else (e * self.mask)[:, None] * a
@@ -153,56 +189,9 @@ class LowRankAdapter(Adapter):
             terms.append(side(start[0], now[1] - start[1]))
         return sum(terms[1:], terms[0]) if terms else None
 
-    def factors(self) -> tuple[Tensor, Tensor] | None:
-        b, a = self.effective()
-        return self.scale * b, a
-
-    def delta(self, base: Layer) -> Tensor:
-        b, a = self.effective()
-        return (self.scale * b) @ a
-
-    def operands(self, x: Tensor, base: Layer) -> Any:
-        """What :meth:`together` takes of this layer for this input; None where the call cannot run as a fused kernel."""
-        if (self.dropout > 0 and self.training) or (frozen := frozen_operands(x, base)) is None:
-            return None
-        b, a = self.effective()
-        return Linear(*frozen, a, b, self.scale)
-
-    @classmethod
-    def together(cls, x: Tensor, operands: Sequence[Any]) -> tuple[Tensor, ...]:
-        """The outputs of several adapted linears on one input, in one kernel."""
-        return lowrank_linears(x, operands)
-
-    def forward(self, x: Tensor, base: Layer) -> Tensor:
-        if (operands := self.operands(x, base)) is not None:
-            return self.together(x, [operands])[0]
-        dtype = x.dtype if x.is_floating_point() else base.dtype
-        y = base(x)
-        inner = dropout(x, self.dropout) if self.training and self.dropout else x
-        b, a = self.effective()
-        return y + base.lowrank(inner, a.to(dtype), (self.scale * b).to(dtype)).to(y.dtype)
-
 
 def _columns(b: Tensor, r: Tensor | None) -> Tensor:
     return b if r is None else b @ r
-
-
-def dropout(x: Tensor, rate: float) -> Tensor:
-    """Dropout on the low-rank path; the look-ups of an embedding (integers) have none."""
-    return nn.functional.dropout(x, rate) if x.is_floating_point() else x
-
-
-def frozen_operands(x: Tensor, base: Layer) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias for the fused kernels, which take a plain frozen linear of the input's own dtype, without autocast;
-    None for every other layer."""
-    if not (isinstance(base, LinearLayer) and base.ordinary):
-        return None
-    weight, bias = base.stored, base.bias()
-    if weight.dtype != x.dtype or weight.requires_grad or torch.is_autocast_enabled(x.device.type):
-        return None
-    if bias is not None and bias.requires_grad:  # a bias trained beside the adapter needs its own gradient
-        return None
-    return weight if base.rows is None else weight[slice(*base.rows)], bias
 
 
 @part("adapter", "lora")
@@ -212,9 +201,12 @@ class LoRA(AdapterPart):
 
     ``core="diagonal"`` puts ``diag(E)`` between the factors, which makes components rankable (AdaLoRA); ``"square"`` puts
     ``R`` (r, r) there. ``train`` says what learns: ``"all"``, ``"B"`` (LoRA-FA: ``A`` is frozen, so no activation of width
-    ``in`` is needed for its gradient), or ``"core"`` (LoRA-XS: both factors are frozen). ``rank_pattern`` and
-    ``alpha_pattern`` override rank and alpha for the targets a pattern matches (last match wins). Parameters per target:
-    ``r (in + out)``, plus the core's ``r`` or ``r^2``; the core's alone where only it is trained, ``r out`` for ``B`` alone.
+    ``in`` is needed for its gradient), ``"A"`` (CoRA: a frozen basis on the output side), ``"core"`` (LoRA-XS: both factors are
+    frozen) or ``"B+core"`` (LaMDA). ``rank_pattern`` and ``alpha_pattern`` override rank and alpha for the targets a pattern
+    matches (last match wins). ``fold``: where the start is subtracted, do it once, in a copy of the weight that the adapter
+    holds, instead of a second low-rank term in every step; linear layers only, and the start is then exact to the weight's
+    precision, not to the bit. Parameters per target: ``r in`` for ``A``, ``r out`` for ``B``, ``r`` or ``r^2`` for the core,
+    each where it is trained.
     """
 
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = (
@@ -222,6 +214,8 @@ class LoRA(AdapterPart):
         {"core": "diagonal"},
         {"core": "square", "train": "core"},
         {"train": "B"},
+        {"train": "A"},
+        {"core": "square", "train": "B+core"},
     )
 
     rank: int = 8
@@ -231,8 +225,13 @@ class LoRA(AdapterPart):
     train: Train = "all"
     dropout: float = 0.0
     dtype: Dtype = "auto"
+    fold: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"a start with an offset"}) if self.fold else frozenset()
 
     @property
     def offers(self) -> frozenset[str]:
@@ -247,8 +246,10 @@ class LoRA(AdapterPart):
             raise RecipeError(f"adapter rank must be at least 1, got {self.rank} with rank_pattern {self.rank_pattern}")
         if not 0 <= self.dropout < 1:
             raise RecipeError(f"adapter dropout must be in [0, 1), got {self.dropout}")
-        if self.train == "core" and self.core == "identity":
-            raise RecipeError("adapter train='core' has nothing to train: set adapter.core to 'square' or 'diagonal'")
+        if "core" in self.train and self.core == "identity":
+            raise RecipeError(f"adapter train={self.train!r} has no core: set adapter.core to 'square' or 'diagonal'")
+        if self.train == "A" and self.core != "identity":
+            raise RecipeError("adapter train='A' would freeze the core at its start: leave adapter.core at 'identity'")
 
     def rank_of(self, target: str) -> int:
         """The rank for a target name."""
@@ -276,6 +277,11 @@ class LoRA(AdapterPart):
                     f"rank {rank} is above min(out, in) = {limit} of {target.name} {target.shape}: lower adapter.rank to "
                     f"at most {limit}, or set adapter.rank_pattern for this module"
                 )
+            if self.fold and not (isinstance(target.layer, LinearLayer) and target.layer.plain):
+                stored = type(target.layer.module).__name__ + ("" if target.layer.plain else ", quantised")
+                raise TargetError(
+                    f"adapter.fold keeps a copy of a plain linear weight, and {target.name} is none ({stored}): drop adapter.fold"
+                )
 
     def build(self, target: Target) -> LowRankAdapter:
         return LowRankAdapter(target.layer, **self._arguments(target))
@@ -289,6 +295,7 @@ class LoRA(AdapterPart):
             "train": self.train,
             "dropout": self.dropout,
             "dtype": dtype,
+            "fold": self.fold,
         }
 
 

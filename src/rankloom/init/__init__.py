@@ -5,15 +5,15 @@ from rankloom.init.base import InitContext, InitPart
 from rankloom.init.covariance_svd import CovarianceSVD
 from rankloom.init.gradient_blocks import GradientBlocks
 from rankloom.init.one_step import OneStepGradient
+from rankloom.init.own import OwnStart
 from rankloom.init.quantization_residual import QuantizationResidual
-from rankloom.init.random import AsStored, Gaussian, Kaiming
+from rankloom.init.random import Gaussian, Kaiming
 from rankloom.init.update_svd import UpdateSVD
 from rankloom.init.weight_qr import WeightQR
 from rankloom.init.weight_svd import WeightSubspace, WeightSVD
 
 __all__ = [
     "ActivationSVD",
-    "AsStored",
     "CovarianceSVD",
     "Gaussian",
     "GradientBlocks",
@@ -21,6 +21,7 @@ __all__ = [
     "InitPart",
     "Kaiming",
     "OneStepGradient",
+    "OwnStart",
     "QuantizationResidual",
     "UpdateSVD",
     "WeightQR",

@@ -50,7 +50,7 @@ class InitPart(Part):
     @property
     def offers(self) -> frozenset[str]:
         # What an offset subtracts stays subtracted when a schedule zeroes a component: pruning would cut into W itself.
-        return frozenset() if self.offset else frozenset({"a start without offset"})
+        return frozenset({"a start with an offset" if self.offset else "a start without offset"})
 
     def gather(self, model: nn.Module, bindings: list[Binding], calibration: Calibration, seed: int) -> Any:
         """Collect the evidence; the model carries no adapters yet. Called only where ``evidence`` needs data."""

@@ -1,4 +1,4 @@
-"""Starts that look at no data: LoRA's Kaiming, a small Gaussian, and leaving dense weights as they are."""
+"""Starts that look at no data: LoRA's Kaiming and a small Gaussian."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rankloom.init.base import InitContext, InitPart
 from rankloom.parts import part
 from rankloom.targets import EmbeddingLayer, Layer
 
-__all__ = ["AsStored", "Gaussian", "Kaiming", "kaiming_rows", "start_at_zero"]
+__all__ = ["Gaussian", "Kaiming", "kaiming_rows", "start_at_zero"]
 
 
 def kaiming_rows(like: Tensor, layer: Layer, generator: torch.Generator) -> Tensor:
@@ -25,15 +25,17 @@ def kaiming_rows(like: Tensor, layer: Layer, generator: torch.Generator) -> Tens
 
 
 def start_at_zero(adapter: LowRankAdapter, rows: Tensor, generator: torch.Generator) -> None:
-    """``delta = 0`` on given rows (r, in): ``B = 0``, or, where ``B`` is frozen, a zero core before random columns.
+    """``delta = 0`` on given rows (r, in): ``B = 0``, or, where ``B`` is frozen, random columns before a zero core or, where
+    ``A`` alone is trained, before a zero ``A``.
 
     The columns are ``N(0, 1 / out)``, orthonormal in expectation.
     """
+    one = torch.ones(adapter.rank, dtype=rows.dtype)
     if "B" in adapter.trained():
-        adapter.write(torch.zeros_like(adapter.B), rows, torch.ones(adapter.rank, dtype=rows.dtype))
+        adapter.write(torch.zeros_like(adapter.B), rows, one)
     else:
         columns = torch.randn(adapter.B.shape, generator=generator, dtype=adapter.B.dtype) * len(adapter.B) ** -0.5
-        adapter.write(columns, rows, torch.zeros(adapter.rank, dtype=rows.dtype))
+        adapter.write(columns, rows if adapter.core is not None else torch.zeros_like(rows), 0 * one)
 
 
 @part("init", "kaiming")
@@ -60,7 +62,8 @@ class Kaiming(InitPart):
 @part("init", "gaussian")
 @dataclass(frozen=True)
 class Gaussian(InitPart):
-    """``A, B ~ N(0, std^2)`` with the core at zero (AdaLoRA, 2303.10512); without a core ``B = 0``."""
+    """``A, B ~ N(0, std^2)`` with the core at zero (AdaLoRA, 2303.10512); without a core ``B = 0``, or ``A = 0`` if
+    ``B`` is frozen."""
 
     std: float = 0.02
 
@@ -74,17 +77,6 @@ class Gaussian(InitPart):
             generator = context.generator(binding)
             a = torch.randn(adapter.A.shape, generator=generator) * self.std
             b = torch.randn(adapter.B.shape, generator=generator) * self.std
-            adapter.write(torch.zeros_like(b) if adapter.core is None else b, a, torch.zeros(adapter.rank))
-
-
-@part("init", "as-stored")
-@dataclass(frozen=True)
-class AsStored(InitPart):
-    """Dense weights start as the base has them."""
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"dense weights"})
-
-    def apply(self, context: InitContext) -> None:
-        """Nothing to write: the adapter was built as a copy."""
+            if adapter.core is None:  # one factor at zero, and never the one that could not leave it
+                a, b = (a, torch.zeros_like(b)) if "B" in adapter.trained() else (torch.zeros_like(a), b)
+            adapter.write(b, a, torch.zeros(adapter.rank))

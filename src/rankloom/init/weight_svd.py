@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from rankloom.adapters import LowRankAdapter
 from rankloom.errors import RecipeError
@@ -65,7 +64,7 @@ class WeightSVD(InitPart):
 class WeightSubspace(InitPart):
     """LoRA-XS (2405.17604): ``A = diag(S_r) Q_r^T``, ``B = P_r`` from ``W = P diag(S) Q^T``, and a core near zero.
 
-    The core is ``N(0, std^2)``; where there is none, or ``B`` is trained, ``B`` is (and a core starts at one). Nothing is
+    The core is ``N(0, std^2)``; where ``B`` is trained, or ``A`` alone, that factor is (and a core starts at one). Nothing is
     subtracted: at ``std > 0`` the function moves by that little, as published.
     """
 
@@ -92,5 +91,5 @@ class WeightSubspace(InitPart):
             generator = context.generator(binding)
             p, s, q, _ = leading_svd(weight, adapter.rank, generator=generator)
             adapter.start(p, torch.zeros_like(s), s[:, None] * q.mT)
-            small = adapter.B if "B" in adapter.trained() else cast(Tensor, adapter.core)
+            small = next(getattr(adapter, name) for name in "BERA" if name in adapter.trained())
             small += self.std * torch.randn(small.shape, generator=generator, dtype=small.dtype).to(small.device)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rankloom.parts import Part, part
+from rankloom.adapters import Binding
+from rankloom.lifecycle.base import LifecyclePart
+from rankloom.parts import part
 
 __all__ = ["Once"]
 
 
 @part("lifecycle", "once")
 @dataclass(frozen=True)
-class Once(Part):
+class Once(LifecyclePart):
     """Adapters are attached once and trained to the end: no merging, restarting or freezing on the way."""
+
+    def build(self, bindings: list[Binding], total_steps: int | None) -> None:
+        return None
