@@ -1,0 +1,343 @@
+"""Every adapter form over the frozen limit, beside PEFT's same form: step time, peak memory, injection, file size, merge drift.
+
+Limits: a form's step takes <= 0.95x of PEFT's and <= 1.25x of its own arithmetic bound; the cheap forms <= 1.10x the frozen
+limit, Kronecker <= 1.30x, RandLoRA and the Fourier and cosine forms <= half of PEFT's excess over it.
+
+The frozen limit is the bare model's forward pass and the backward pass to its inputs. A form's *bound* is
+``1 + extra / frozen``: the multiply-adds its mathematics adds (:func:`extra_macs`: forward, gradient of the input, of what
+trains) over those of the limit, counted by torch. *counted* is the same for the products that our step really ran. A step is
+forward, backward and AdamW, dropout off, all linear layers adapted. CPU seconds of one thread, all variants in turn, medians
+and quartiles. Memory is the peak resident set of the second step in a process of its own, over the limit's. Injection is
+attaching alone. The file is what is saved after three steps; drift is the largest change of the output by merging then, over
+the largest output.
+
+    python bench/forms.py --json bench/results/forms.json --figure docs/figures/forms.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import rankloom
+from common import (
+    earlier,
+    interleaved,
+    peak_mb,
+    plain_environment,
+    provenance,
+    ratios,
+    reset_peak,
+    steady_memory,
+    table,
+    write,
+)
+from rankloom.adapters import DoRAAdapter, FactoredAdapter
+from step_overhead import LINEARS
+from step_overhead import build as llama
+
+BERT_LINEARS = ["query", "key", "value", "dense"]
+LIMIT = "limit"
+
+
+@dataclass(frozen=True)
+class Form:
+    """A row of the methods table with its sizes, and PEFT's configuration of the same form."""
+
+    row: str
+    changes: tuple[tuple[str, Any], ...] = ()
+    peft: tuple[str, tuple[tuple[str, Any], ...]] | None = None
+    most: float | None = None
+    """Of the step's ratio to the limit."""
+
+
+RANK = (("adapter.rank", 16), ("adapter.alpha", 32.0))
+FORMS = {
+    "lora": Form("lora", RANK, ("LoraConfig", (("r", 16), ("lora_alpha", 32)))),
+    "dora": Form("dora", RANK, ("LoraConfig", (("r", 16), ("lora_alpha", 32), ("use_dora", True)))),
+    "lora-fa": Form("lora-fa", RANK),
+    "lora-xs": Form("lora-xs", RANK, most=1.10),
+    "pissa": Form("pissa", RANK),
+    "pissa, folded": Form("pissa", (*RANK, ("adapter.fold", True))),
+}
+
+
+def encoder(dtype: torch.dtype) -> nn.Module:
+    """MiniLM's shape without its vocabulary."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=1000,
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        intermediate_size=1536,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return BertModel(config, add_pooling_layer=False).to(dtype).requires_grad_(False)
+
+
+MODELS: dict[str, tuple[Callable[[torch.dtype], nn.Module], tuple[int, int], list[str]]] = {
+    "slice": (lambda dtype: llama(4, dtype), (4, 256), LINEARS),
+    "encoder": (encoder, (16, 64), BERT_LINEARS),
+}
+"""The model, sequences x tokens, and PEFT's names of its linear layers."""
+
+
+def some_ids(model: nn.Module, tokens: tuple[int, int]) -> torch.Tensor:
+    return torch.randint(0, model.config.vocab_size, tokens, generator=torch.Generator().manual_seed(0))
+
+
+def loss_of(model: nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
+    """A language model's loss, or the mean square of an encoder's states."""
+    out = model(**inputs)
+    return out.loss if "labels" in inputs else out.last_hidden_state.float().square().mean()
+
+
+def labelled(kind: str, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"labels": ids} if kind == "slice" else {}
+
+
+def adapted(form: Form, model: nn.Module) -> rankloom.Adaptation:
+    """Our adaptation, the sizes as the bench has them."""
+    return rankloom.adapt(model, rankloom.methods.get(form.row).with_(dict(form.changes)))
+
+
+def theirs(form: Form, model: nn.Module, linears: list[str]) -> nn.Module:
+    """PEFT's model."""
+    import peft
+
+    assert form.peft is not None
+    kind, settings = form.peft
+    config = getattr(peft, kind)(target_modules=linears, **dict(settings))
+    return peft.get_peft_model(model, config)
+
+
+def step_of(variant: str, kind: str, model: nn.Module, ids: torch.Tensor) -> Callable[[], Any]:
+    """A callable that runs one step of a variant: ``limit``, a form, or ``peft`` and a form."""
+    own = labelled(kind, ids)
+    if variant == LIMIT:
+        embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+
+        def limit() -> None:
+            loss_of(model, inputs_embeds=embeds, **own).backward()
+            embeds.grad = None
+
+        return limit
+    name = variant.removeprefix("peft ")
+    if name == variant:
+        target, optimizer = model, adapted(FORMS[name], model).optimizer(1e-4)
+    else:
+        target = theirs(FORMS[name], model, MODELS[kind][2]).train()
+        optimizer = torch.optim.AdamW([p for p in target.parameters() if p.requires_grad], lr=1e-4)
+
+    def step() -> None:
+        loss_of(target, input_ids=ids, **own).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def extra_macs(adapter: Any, out: int, into: int, tokens: int) -> float:
+    """Multiply-adds that a form's mathematics adds to a step of one frozen linear layer (out, in).
+
+    Two factors of rank k: ``k (out + in)`` a token forward, the gradient of the input the same again, and ``k`` times its other
+    side for each factor that takes a gradient. What the factors themselves are made of is not counted: it does not grow with
+    the tokens.
+    """
+    if isinstance(adapter, FactoredAdapter):
+        b, a = adapter.sides() if getattr(adapter, "fold", False) else adapter.effective()
+        rank = len(a)
+        macs = tokens * rank * (2 * (out + into) + out * b.requires_grad + into * a.requires_grad)
+        return macs + (rank * out * into if isinstance(adapter, DoRAAdapter) else 0)
+    raise SystemExit(f"how many multiply-adds does {type(adapter).__name__} take? say so in extra_macs")
+
+
+def counted_macs(step: Callable[[], Any]) -> float:
+    """Multiply-adds of a step's matrix products, as torch counts them."""
+
+    def in_place(_: Any, left: tuple[int, int], right: tuple[int, int], **__: Any) -> int:
+        return 2 * left[0] * left[1] * right[1]
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
+        step()
+    return counter.get_total_flops() / 2
+
+
+def times(kind: str, dtype: torch.dtype, forms: list[str], repeats: int) -> list[dict[str, Any]]:
+    """Steps of every form and PEFT's, in turn, with bounds and what else is cheap to know."""
+    make, tokens, _ = MODELS[kind]
+    base = make(dtype)
+    ids = some_ids(base, tokens)
+    variants = [LIMIT, *(v for name in forms for v in (name, f"peft {name}") if v == name or FORMS[name].peft)]
+    steps = {variant: step_of(variant, kind, copy.deepcopy(base), ids) for variant in variants}
+    measured = ratios(interleaved(steps, repeats), LIMIT)
+    frozen = counted_macs(steps[LIMIT])
+    rows = []
+    for name in forms:
+        handle = adapted(FORMS[name], copy.deepcopy(base))
+        extra = sum(extra_macs(b.adapter, *b.target.shape, ids.numel()) for b in handle.bindings)
+        own, peer = measured[name], measured.get(f"peft {name}")
+        row = {"form": name, "trains": sum(p.numel() for p in handle.parameters()), **own}
+        row |= {"bound": 1 + extra / frozen, "counted": counted_macs(steps[name]) / frozen}
+        row |= {"of_bound": own["ratio"] / row["bound"]}
+        if peer is not None:
+            row |= {"peft_ratio": peer["ratio"], "of_peft": own["seconds"] / peer["seconds"], "peft": peer}
+        if FORMS[name].most is not None:
+            row |= {"limit": FORMS[name].most, "met": own["ratio"] <= FORMS[name].most}
+        rows.append(row)
+    return rows
+
+
+def injected(kind: str, forms: list[str], repeats: int = 3) -> list[dict[str, Any]]:
+    """Seconds to attach, bytes of the saved adapter, and the drift of merging, float32; beside PEFT's."""
+    make, tokens, linears = MODELS[kind]
+    base = make(torch.float32)
+    ids, rows = some_ids(base, tokens), []
+    for name in forms:
+        form, seconds = FORMS[name], {"ours": [], "peft": []}
+        for _ in range(repeats):
+            for who in ("ours", "peft") if form.peft else ("ours",):
+                model = copy.deepcopy(base)
+                begin = time.process_time()
+                made = adapted(form, model) if who == "ours" else theirs(form, model, linears)
+                seconds[who].append(time.process_time() - begin)
+                if who == "ours":
+                    handle = made
+                else:
+                    peer = made
+        row = {"form": name, "inject_s": statistics.median(seconds["ours"])}
+        if form.peft:
+            row["peft_inject_s"] = statistics.median(seconds["peft"])
+        optimizer = handle.optimizer(1e-3)
+        for _ in range(3):
+            loss_of(handle.model, input_ids=ids, **labelled(kind, ids)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with tempfile.TemporaryDirectory() as folder:
+            handle.save(Path(folder) / "ours")
+            row["file_bytes"] = (Path(folder) / "ours" / "adapter.safetensors").stat().st_size
+            if form.peft:
+                peer.save_pretrained(Path(folder) / "peft")
+                row["peft_file_bytes"] = (Path(folder) / "peft" / "adapter_model.safetensors").stat().st_size
+        if all(b.adapter.mergeable for b in handle.bindings):
+            with torch.no_grad():
+                before = handle.model(input_ids=ids)[0]
+                handle.merge({"input_ids": ids})
+                row["drift"] = float((handle.model(input_ids=ids)[0] - before).abs().max() / before.abs().max())
+        rows.append(row)
+    return rows
+
+
+def child(variant: str, kind: str, dtype: str) -> None:
+    """Measure one variant's peak memory in this process and print it."""
+    import peft  # noqa: F401 - every process imports the same, so that imports cancel
+
+    make, tokens, _ = MODELS[kind]
+    model = make(getattr(torch, dtype))
+    step = step_of(variant, kind, model, some_ids(model, tokens))
+    step()
+    reset_peak()
+    step()
+    print(json.dumps({"peak_mb": peak_mb()}))
+
+
+def memory(kind: str, dtype: str, forms: list[str]) -> list[dict[str, Any]]:
+    """Peak memory of every form and PEFT's over the limit's, a process each."""
+
+    def peak(variant: str) -> float:
+        command = [sys.executable, __file__, "--child", variant, "--models", kind, "--dtype", dtype]
+        out = subprocess.run(command, check=True, capture_output=True, text=True, env=plain_environment())
+        return float(json.loads(out.stdout.strip().splitlines()[-1])["peak_mb"])
+
+    limit, rows = peak(LIMIT), []
+    for name in forms:
+        row = {"form": name, "over_limit_mb": peak(name) - limit}
+        if FORMS[name].peft:
+            row["peft_over_limit_mb"] = peak(f"peft {name}") - limit
+        rows.append(row)
+    return rows
+
+
+def draw(result: dict[str, Any], path: str) -> None:
+    """Trained parameters against the step's ratio to the limit, ours and PEFT's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    part = next(iter(result["time"].values()))["rows"]
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for row in part:
+        axes.plot(row["trains"], row["ratio"], "o", color="C0")
+        axes.annotate(row["form"], (row["trains"], row["ratio"]), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        if "peft_ratio" in row:
+            axes.plot([row["trains"]] * 2, [row["ratio"], row["peft_ratio"]], color="0.8", zorder=0)
+            axes.plot(row["trains"], row["peft_ratio"], "x", color="C3")
+    axes.set(xscale="log", xlabel="trained parameters", ylabel="step over the frozen limit (o rankloom, x PEFT)")
+    figure.savefig(path, dpi=120)
+
+
+COLUMNS = ["form", "trains", "seconds", "ratio", "ratio_low", "ratio_high", "bound", "of_bound", "counted"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", help="write the result here; forms and parts not measured now keep what they had")
+    parser.add_argument("--figure", help="draw parameters against time here")
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--parts", nargs="+", default=["time", "memory", "rest"], choices=["time", "memory", "rest"])
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    if args.child:
+        child(args.child, args.models[0], args.dtype[0])
+        return
+    steady_memory()
+    result: dict[str, Any] = {"time": {}, "memory": {}, "rest": {}, **earlier(args.json)}
+
+    def keep(part: str, name: str, rows: list[dict[str, Any]], columns: list[str]) -> None:
+        old = [row for row in result[part].get(name, {}).get("rows", []) if row["form"] not in args.forms]
+        result[part][name] = {"provenance": provenance(), "rows": old + rows}
+        print(f"\n{part}: {name}")
+        table(rows, columns)
+        write(args.json, result)
+
+    for kind in args.models:
+        for dtype in args.dtype if "time" in args.parts else ():
+            rows = times(kind, getattr(torch, dtype), args.forms, args.repeats)
+            keep("time", f"{kind} {dtype}", rows, [*COLUMNS, "peft_ratio", "of_peft", "limit"])
+        if "memory" in args.parts:
+            rows = memory(kind, "float32", args.forms)
+            keep("memory", f"{kind} float32", rows, ["form", "over_limit_mb", "peft_over_limit_mb"])
+        if "rest" in args.parts:
+            rest = ["form", "inject_s", "peft_inject_s", "file_bytes", "peft_file_bytes", "drift"]
+            keep("rest", f"{kind} float32", injected(kind, args.forms), rest)
+    if args.figure:
+        draw(result, args.figure)
+
+
+if __name__ == "__main__":
+    main()
