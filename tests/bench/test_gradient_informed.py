@@ -20,9 +20,9 @@ BENCH = Path(__file__).parents[2] / "bench"
 @pytest.fixture
 def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCH))
-    import gradient_informed
+    import study
 
-    return gradient_informed
+    return study
 
 
 @pytest.fixture
@@ -45,28 +45,33 @@ def bench(study: ModuleType, tiny_llama: Path, tiny_reviews: Path, monkeypatch: 
 
 
 def test_a_study_runs_once_and_resumes(study: ModuleType, bench: Any, tmp_path: Path) -> None:
+    import gradient_informed
+
+    made = gradient_informed.STUDY
     path, methods = tmp_path / "study.jsonl", ["lora", "lora-one", "lora-xs", "full", "peft pissa"]
     before = {name: p.detach().clone() for name, p in bench.prepared.model.named_parameters()}
-    study.work(bench, study.Runs(path), methods, 2, [1e-4, 1e-3], lambda: False)
+    made.work(bench, study.Runs(path), methods, 2, [1e-4, 1e-3], lambda: False)
     lines = path.read_text().splitlines()
     assert len(lines) == len(methods) * (2 + 2)
     for name, parameter in bench.prepared.model.named_parameters():
         assert torch.equal(parameter, before[name]), name
     bench.run = None  # calling it again would raise
     runs = study.Runs(path)
-    study.work(bench, runs, methods, 2, [1e-4, 1e-3], lambda: False)
+    made.work(bench, runs, methods, 2, [1e-4, 1e-3], lambda: False)
     assert path.read_text().splitlines() == lines
-    rows = {row["method"]: row for row in study.summary(bench, runs, methods, [1e-4, 1e-3])}
+    rows = {row["method"]: row for row in made.summary(bench, runs, methods, [1e-4, 1e-3])}
     assert list(rows) == methods and rows["full"]["trainable"] > rows["lora"]["trainable"]
     assert rows["lora-xs"]["trainable"] == 8**2 * 14
     assert [list(row["curve"]) for row in rows.values()] == [["1", "2", "4"]] * len(methods)
     assert "to_lora" in rows["lora-one"]["curve"]["4"] and "to_lora" not in rows["lora"]["curve"]["4"]
-    study.figure(bench, list(rows.values()), tmp_path / "figure.svg")
+    made.figure(bench, list(rows.values()), tmp_path / "figure.svg")
     assert (tmp_path / "figure.svg").read_text().count("lora-one") >= 1
 
 
 def test_a_step_that_is_late_is_not_started(study: ModuleType, bench: Any, tmp_path: Path) -> None:
-    study.work(bench, study.Runs(tmp_path / "none.jsonl"), ["lora"], 1, [1e-3], lambda: True)
+    import gradient_informed
+
+    gradient_informed.STUDY.work(bench, study.Runs(tmp_path / "none.jsonl"), ["lora"], 1, [1e-3], lambda: True)
     assert not (tmp_path / "none.jsonl").exists()
 
 
