@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.calibration.data import Calibration, all_reduce, run_pass
-from rankloom.calibration.sketch import GradientSVD, Sketch
+from rankloom.calibration.sketch import AlternatingSketch, GradientSVD, Sketch
 from rankloom.errors import GradientError
 from rankloom.linalg import truncated_svd
 from rankloom.targets import Layer, Target
@@ -43,6 +43,7 @@ def gradient_svd(
     passes: int = 3,
     tolerance: float | None = None,
     max_passes: int = 9,
+    lean: bool = False,
     seed: int = 0,
 ) -> GradientReport:
     """The leading ``rank`` singular triplets of every target's full gradient of the token-mean loss.
@@ -56,14 +57,18 @@ def gradient_svd(
         passes: at least 2: range, (power steps,) projection; each multiplies the gradient from both sides.
         tolerance: if set, targets whose estimated ``captured`` is below it get further passes, up to ``max_passes``.
         max_passes: bound on the passes a tolerance may ask for.
+        lean: multiply from one side a pass, in turn: half the memory and half the sketch's own work; four passes then find
+            about what three find from both sides.
         seed: of the random start.
 
-    Memory: ``2 (out + in) * width`` float32 per target; the (out, in) gradient is never formed. Additive over
-    micro-batches and ranks. Cost per pass: a frozen forward and backward pass plus ``2 * tokens * width * (in + out)``
-    multiply-adds per target. The algorithm is in :mod:`rankloom.calibration.sketch`.
+    Memory: ``2 (out + in) * width`` float32 per target, ``(out + in) * width`` where lean; the (out, in) gradient is never
+    formed. Additive over micro-batches and ranks. Cost per pass: a frozen forward and backward pass plus
+    ``2 * tokens * width * (in + out)`` multiply-adds per target, half of them where lean. The algorithm is in
+    :mod:`rankloom.calibration.sketch`.
     """
     begin = time.perf_counter()
-    sketches = {t.name: Sketch(t, rank, rank + oversample, seed) for t in targets}
+    kind = AlternatingSketch if lean else Sketch
+    sketches = {t.name: kind(t, rank, rank + oversample, seed) for t in targets}
     by_name, open_ = {t.name: t for t in targets}, dict(sketches)
     done, loss, tokens = 0, float("nan"), 0.0
     while open_ and done < max(passes, 2 if tolerance is None else max_passes):

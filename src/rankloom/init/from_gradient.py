@@ -20,7 +20,8 @@ class FromGradient(InitPart):
     """A start from the leading singular triplets of every target's full gradient on the calibration data.
 
     ``method``: ``"sketch"`` streams the triplets in ``passes`` passes over the data at width ``oversample`` beyond their
-    number (more passes where ``tolerance`` asks for captured energy); ``"exact"`` holds the full gradients of all targets,
+    number (more passes where ``tolerance`` asks for captured energy; ``lean`` for half the memory at one side a pass, which
+    takes a pass more for the same energy); ``"exact"`` holds the full gradients of all targets,
     after one pass.
     """
 
@@ -28,6 +29,7 @@ class FromGradient(InitPart):
     oversample: int = 24
     passes: int = 3
     tolerance: float | None = None
+    lean: bool = False
 
     evidence: ClassVar[Literal["none", "weight", "gradient", "activations"]] = "gradient"
     triplets: ClassVar[int] = 1
@@ -54,5 +56,6 @@ class FromGradient(InitPart):
             oversample=self.oversample,
             passes=self.passes,
             tolerance=self.tolerance,
+            lean=self.lean,
             seed=seed,
         )

@@ -5,11 +5,20 @@ No modules, no state.
 
 from rankloom.linalg.angles import principal_angles
 from rankloom.linalg.spd import damped, spd_inverse, spd_sylvester
-from rankloom.linalg.svd import best_rank, leading_svd, orthonormal, randomized_svd, truncated_svd, two_sided_svd
+from rankloom.linalg.svd import (
+    best_rank,
+    fix_signs,
+    leading_svd,
+    orthonormal,
+    randomized_svd,
+    truncated_svd,
+    two_sided_svd,
+)
 
 __all__ = [
     "best_rank",
     "damped",
+    "fix_signs",
     "leading_svd",
     "orthonormal",
     "principal_angles",

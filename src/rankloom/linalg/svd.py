@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["best_rank", "leading_svd", "orthonormal", "randomized_svd", "truncated_svd", "two_sided_svd"]
+__all__ = ["best_rank", "fix_signs", "leading_svd", "orthonormal", "randomized_svd", "truncated_svd", "two_sided_svd"]
 
 _GRAM_UP_TO = (
     2048  # the smaller side: one eigendecomposition of its Gram matrix; beyond it subspace iteration is cheaper
