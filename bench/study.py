@@ -209,7 +209,7 @@ class Study:
         drawing.savefig(path, metadata={"Date": None})
         plt.close(drawing)
 
-    def main(self) -> None:
+    def main(self, argv: list[str] | None = None) -> None:
         """The command line: run what is missing, then table, figure and result."""
         parser = argparse.ArgumentParser(description=self.about)
         parser.add_argument("--json", default=f"bench/results/{self.name}.json")
@@ -220,7 +220,7 @@ class Study:
         parser.add_argument("--lrs", type=float, nargs="+", help="one grid for all methods, instead of their own")
         parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after so many minutes")
         parser.add_argument("--figures", default="docs/figures", help="folder of the figures")
-        args = parser.parse_args()
+        args = parser.parse_args(argv)
         warnings.filterwarnings("ignore")
         torch.set_num_threads(1)
         path, begin = Path(args.json), time.monotonic()
