@@ -45,7 +45,12 @@ def test_methods_lists_the_table(capfd: Capture) -> None:
     out = capfd.readouterr().out
     assert all(name in out for name in methods.TABLE)
     assert main(["methods", "--json"]) == 0
-    assert json.loads(capfd.readouterr().out).keys() == methods.TABLE.keys()
+    rows = json.loads(capfd.readouterr().out)
+    assert rows.keys() == methods.TABLE.keys()
+    for row in rows.values():
+        assert all(row[key] for key in ("recipe", "title", "paper", "summary", "parameters", "export"))
+    assert rows["lora-one"]["needs"] == {"parts": ["factors"], "start": "gradient"}
+    assert rows["adalora"]["needs"]["parts"] == ["a start without offset", "factors", "ranked components"]
 
 
 @pytest.mark.parametrize("name", methods.TABLE)

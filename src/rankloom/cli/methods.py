@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rankloom.cli import options
 from rankloom.cli.output import emit, pairs, table
+
+if TYPE_CHECKING:
+    from rankloom.methods import Method
 
 __all__ = ["command"]
 
@@ -33,13 +36,14 @@ def command(
     if json:
         emit({"name": name, **_fields(row)})
         return
-    described = {key: value for key, value in _fields(row).items() if key != "recipe" and value}
+    described = {key: value for key, value in _fields(row).items() if key not in ("recipe", "needs") and value}
     pairs({"name": name, **described})
     print(f"\n{recipe.expand()}")
 
 
-def _fields(row: object) -> dict[str, object]:
-    """A table row as plain values; whatever fields it has, the recipe as its dictionary."""
-    fields = dict(vars(row))
-    fields["recipe"] = fields["recipe"].to_dict()
-    return fields
+def _fields(row: Method) -> dict[str, object]:
+    """A table row as plain values: whatever fields it has, the recipe as its dictionary, and what its parts ask of each other
+    and of the run."""
+    parts = row.recipe.parts().values()
+    asked = {"parts": sorted({need for part in parts for need in part.needs}), "start": row.recipe.init.evidence}
+    return {**vars(row), "recipe": row.recipe.to_dict(), "needs": asked}
