@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 import rankloom
+import vision
 from common import peak_mb, reset_peak, resident_mb
 from init_cost import theirs
 from rankloom.calibration import Calibration
@@ -48,7 +50,8 @@ class Method:
 @dataclass(frozen=True)
 class Task:
     """Model, data and sizes. ``first``: of the four rates that LoRA and most others search. ``longest``: keep shorter examples
-    only. ``full``: changes to the row of full fine-tuning.
+    only. ``modules``: what is adapted, all linear layers by default. ``load``: makes model and data where the library's own
+    loading does not. ``full``: changes to the row of full fine-tuning.
     """
 
     title: str
@@ -56,6 +59,8 @@ class Task:
     steps: int
     first: float
     longest: int | None = None
+    modules: tuple[str, ...] | None = None
+    load: Callable[[], tuple[Any, Any]] | None = None
     full: tuple[tuple[str, Any], ...] = ()
 
 
@@ -114,6 +119,23 @@ TASKS = {
         first=1e-4,
         full=FLOAT32_LINEARS,
     ),
+    "digits": Task(
+        "EfficientNet-Lite0 (4.7 M), handwritten digits, 1 x 1 convolutions",
+        TrainConfig(
+            model="efficientnet-lite0",
+            data="mnist",
+            task="image-classification",
+            dtype="float32",
+            batch_size=16,
+            eval_samples=500,
+            eval_batch_size=50,
+            calibration_samples=32,
+        ),
+        steps=60,
+        first=3e-4,
+        modules=vision.CONVOLUTIONS,
+        load=vision.load,
+    ),
 }
 
 
@@ -152,6 +174,9 @@ class Bench:
     @cached_property
     def prepared(self) -> Prepared:
         """The model and the encoded rows."""
+        if self.task.load is not None:
+            prepared, self.test = self.task.load()
+            return prepared
         prepared = prepare(self.config, print)
         prepared.train, prepared.validation = self._short(prepared.train), self._short(prepared.validation)
         if self.config.task == "sequence-classification":
@@ -167,6 +192,8 @@ class Bench:
     @cached_property
     def test(self) -> Any:
         """Rows that no learning rate is chosen on."""
+        if self.task.load is not None:
+            return self.task.load()[1]
         rows, limit = self.prepared.rows, self.config.eval_samples
         encoded = encode_split(rows.test, rows, self.prepared.encoder, self.prepared.loaded, limit, print, "test")
         return self._short(encoded)
@@ -229,6 +256,8 @@ class Bench:
             trained = [p for p in made.parameters() if p.requires_grad]
         else:
             changes = dict(self.task.full if method.row == "full" else method.changes)
+            if self.task.modules is not None:
+                changes["targets.modules"] = self.task.modules
             config = config.model_copy(update={"method": method.row, "overrides": changes})
             recipe = build_recipe(config, prepared.loaded.new)
             made = rankloom.adapt(model, recipe, data if recipe.init.evidence != "none" else None, seed=seed)

@@ -39,8 +39,9 @@ SIZES: dict[str, tuple[str, int]] = {
 @cache
 def targets_of(task: str) -> tuple[Target, ...]:
     """The adapted layers of a task's model: a new head is trained beside the form, and counts for none."""
-    prepared = Bench(task, None).prepared
-    return tuple(find_targets(prepared.model, rankloom.Targets(exclude=prepared.loaded.new)))
+    prepared, modules = Bench(task, None).prepared, TASKS[task].modules
+    chosen = rankloom.Targets(exclude=prepared.loaded.new) if modules is None else rankloom.Targets(modules)
+    return tuple(find_targets(prepared.model, chosen))
 
 
 def count(row: str, setting: str, size: int, targets: tuple[Target, ...]) -> int:
