@@ -40,7 +40,7 @@ def test_training_moves_no_statistics_and_the_head_is_fitted(vision: ModuleType)
     before = model.network.norm.running_mean.clone()
     out = model.train()(**batch)
     assert torch.equal(model.network.norm.running_mean, before)
-    assert (out.logits.argmax(1) == batch["labels"]).all() and out.loss < 0.2
+    assert (out.logits.argmax(1) == batch["labels"]).all() and out.loss < 0.69  # of a coin: log 2
 
 
 def test_a_missing_package_names_the_command(vision: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
