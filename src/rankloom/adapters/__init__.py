@@ -5,6 +5,7 @@ from rankloom.adapters.dense import Dense, DenseAdapter
 from rankloom.adapters.dora import DoRA, DoRAAdapter
 from rankloom.adapters.factored import FactoredAdapter
 from rankloom.adapters.lora import LoRA, LowRankAdapter
+from rankloom.adapters.materialized import MaterializedAdapter
 
 __all__ = [
     "Adapter",
@@ -17,5 +18,6 @@ __all__ = [
     "FactoredAdapter",
     "LoRA",
     "LowRankAdapter",
+    "MaterializedAdapter",
     "Trainable",
 ]
