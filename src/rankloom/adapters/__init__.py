@@ -1,15 +1,19 @@
 """The parameterisations: how ``delta`` is made of trainable tensors."""
 
 from rankloom.adapters.base import Adapter, AdapterPart, Binding, Trainable
+from rankloom.adapters.bat import BAT, BATAdapter
 from rankloom.adapters.dense import Dense, DenseAdapter
 from rankloom.adapters.dora import DoRA, DoRAAdapter
 from rankloom.adapters.factored import FactoredAdapter
 from rankloom.adapters.lora import LoRA, LowRankAdapter
 from rankloom.adapters.materialized import MaterializedAdapter
+from rankloom.adapters.miss import MiSS, MiSSAdapter
 
 __all__ = [
+    "BAT",
     "Adapter",
     "AdapterPart",
+    "BATAdapter",
     "Binding",
     "Dense",
     "DenseAdapter",
@@ -19,5 +23,7 @@ __all__ = [
     "LoRA",
     "LowRankAdapter",
     "MaterializedAdapter",
+    "MiSS",
+    "MiSSAdapter",
     "Trainable",
 ]
