@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rankloom.adapters import BAT, Dense, DoRA, LoRA, MiSS
+from rankloom.adapters import BAT, Dense, DoRA, LoRA, MiSS, SaRA
 from rankloom.errors import RecipeError, near_names
 from rankloom.init import (
     ActivationSVD,
@@ -246,6 +246,18 @@ TABLE: dict[str, Method] = {
         parameters="r^2 ceil(out / r) per target",
         export="best rank-k approximation with its measured error; merged weights exactly",
         deviations="as bat.",
+    ),
+    "sara": Method(
+        Recipe(adapter=SaRA(), init=OwnStart()),
+        "SaRA: High-Efficient Diffusion Model Fine-tuning with Progressive Sparse Low-Rank Adaptation",
+        "arXiv 2409.06633",
+        "Trains the smallest weights only, under a nuclear norm; what has grown by half time is frozen, the rest goes on.",
+        parameters="0.15 in out per target",
+        export="best rank-k approximation with its measured error; merged weights exactly",
+        deviations="the paper, not the released code, which starts from absolute values and whose penalty reaches no trained "
+        "tensor. Weight decay pulls towards the pretrained values, not towards zero. The limit is a share of each matrix by "
+        "default (adapter.threshold for one for all); vectors and embeddings stay frozen. The penalty is sampled from one "
+        "target a step and scaled to stand for all. The first phase's share of the run is not known: one half.",
     ),
     "galore": Method(
         Recipe(targets=EVERYTHING_ELSE, adapter=Dense(), init=OwnStart(), optimizer=Projected(rank=128, every=200)),

@@ -8,6 +8,7 @@ from rankloom.adapters.factored import FactoredAdapter
 from rankloom.adapters.lora import LoRA, LowRankAdapter
 from rankloom.adapters.materialized import MaterializedAdapter
 from rankloom.adapters.miss import MiSS, MiSSAdapter
+from rankloom.adapters.sara import SaRA, SaRAAdapter
 
 __all__ = [
     "BAT",
@@ -25,5 +26,7 @@ __all__ = [
     "MaterializedAdapter",
     "MiSS",
     "MiSSAdapter",
+    "SaRA",
+    "SaRAAdapter",
     "Trainable",
 ]
