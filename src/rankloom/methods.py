@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rankloom.adapters import Dense, DoRA, LoRA
+from rankloom.adapters import BAT, Dense, DoRA, LoRA, MiSS, SaRA
 from rankloom.errors import RecipeError, near_names
 from rankloom.init import (
     ActivationSVD,
@@ -218,6 +218,46 @@ TABLE: dict[str, Method] = {
         parameters="r (in + out + 1) per target while training, live ranks after export",
         deviations="ties keep the earlier component, so exactly the budget survives (the released code may prune more). "
         "Warm-up and final phase default to 10 % and 30 % of the run, allocation to every 10 steps.",
+    ),
+    "miss": Method(
+        Recipe(adapter=MiSS(rank=64), init=OwnStart()),
+        "MiSS: Balancing LoRA Performance and Efficiency with Simple Shard Sharing",
+        "arXiv 2409.15371",
+        "One matrix from zero, multiplied with the sum of the input's slices; adapter.mini repeats it along the output too.",
+        parameters="r out per target",
+        deviations="the paper's unoptimised variant, which shares rows along the output instead of slices of the input, is left "
+        "out.",
+    ),
+    "bat": Method(
+        Recipe(adapter=BAT(rank=64), init=OwnStart()),
+        "DiSHA: Dimension-Sharding Adaptation of Large Language Models with Fast Convergence and Fast Computation (BAT)",
+        "arXiv 2409.15371",
+        "Every r x r block of the weight is transformed, W b + b, with one b from zero for all blocks of a block row.",
+        parameters="r^2 ceil(out / r) per target",
+        export="best rank-k approximation with its measured error; merged weights exactly",
+        deviations="sides that r does not divide are padded with zeros, where the released code refuses them. Unmerging takes "
+        "the kept base weight, no inverse of I + b.",
+    ),
+    "bone": Method(
+        Recipe(adapter=BAT(rank=64), init=OwnStart()),
+        "Bone: Block Affine Transformation as Parameter Efficient Fine-tuning Methods for Large Language Models",
+        "arXiv 2409.15371",
+        "The first version's block-affine form, W b + b, which later versions call BAT; what they call Bone is MiSS.",
+        parameters="r^2 ceil(out / r) per target",
+        export="best rank-k approximation with its measured error; merged weights exactly",
+        deviations="as bat.",
+    ),
+    "sara": Method(
+        Recipe(adapter=SaRA(), init=OwnStart()),
+        "SaRA: High-Efficient Diffusion Model Fine-tuning with Progressive Sparse Low-Rank Adaptation",
+        "arXiv 2409.06633",
+        "Trains the smallest weights only, under a nuclear norm; what has grown by half time is frozen, the rest goes on.",
+        parameters="0.15 in out per target",
+        export="best rank-k approximation with its measured error; merged weights exactly",
+        deviations="the paper, not the released code, which starts from absolute values and whose penalty reaches no trained "
+        "tensor. Weight decay pulls towards the pretrained values, not towards zero. The limit is a share of each matrix by "
+        "default (adapter.threshold for one for all); vectors and embeddings stay frozen. The penalty is sampled from one "
+        "target a step and scaled to stand for all. The first phase's share of the run is not known: one half.",
     ),
     "galore": Method(
         Recipe(targets=EVERYTHING_ELSE, adapter=Dense(), init=OwnStart(), optimizer=Projected(rank=128, every=200)),

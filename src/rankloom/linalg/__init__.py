@@ -1,9 +1,10 @@
-"""Pure tensor functions: orthonormal bases, truncated and randomised SVD, subspace angles, small Gram matrices.
+"""Pure tensor functions: orthonormal bases, truncated and randomised SVD, subspace angles, polar factors, small Gram matrices.
 
 No modules, no state.
 """
 
 from rankloom.linalg.angles import principal_angles
+from rankloom.linalg.polar import polar_factor
 from rankloom.linalg.spd import damped, spd_inverse, spd_sylvester
 from rankloom.linalg.svd import (
     best_rank,
@@ -21,6 +22,7 @@ __all__ = [
     "fix_signs",
     "leading_svd",
     "orthonormal",
+    "polar_factor",
     "principal_angles",
     "randomized_svd",
     "spd_inverse",
