@@ -5,8 +5,11 @@ from rankloom.adapters.dense import Dense, DenseAdapter
 from rankloom.adapters.dora import DoRA, DoRAAdapter
 from rankloom.adapters.factored import FactoredAdapter
 from rankloom.adapters.lora import LoRA, LowRankAdapter
+from rankloom.adapters.nola import NOLA, NOLAAdapter
+from rankloom.adapters.vera import VeRA, VeRAAdapter
 
 __all__ = [
+    "NOLA",
     "Adapter",
     "AdapterPart",
     "Binding",
@@ -17,5 +20,8 @@ __all__ = [
     "FactoredAdapter",
     "LoRA",
     "LowRankAdapter",
+    "NOLAAdapter",
     "Trainable",
+    "VeRA",
+    "VeRAAdapter",
 ]
