@@ -5,6 +5,7 @@ from rankloom.adapters.dense import Dense, DenseAdapter
 from rankloom.adapters.dora import DoRA, DoRAAdapter
 from rankloom.adapters.factored import FactoredAdapter
 from rankloom.adapters.lora import LoRA, LowRankAdapter
+from rankloom.adapters.materialized import MaterializedAdapter
 from rankloom.adapters.nola import NOLA, NOLAAdapter
 from rankloom.adapters.vera import VeRA, VeRAAdapter
 
@@ -20,6 +21,7 @@ __all__ = [
     "FactoredAdapter",
     "LoRA",
     "LowRankAdapter",
+    "MaterializedAdapter",
     "NOLAAdapter",
     "Trainable",
     "VeRA",

@@ -2,5 +2,15 @@
 
 from rankloom.kernels.dora import dora_linear, dora_linears
 from rankloom.kernels.lowrank import Linear, lowrank_linear, lowrank_linears
+from rankloom.kernels.materialized import Update, materialize, materialized_linear
 
-__all__ = ["Linear", "dora_linear", "dora_linears", "lowrank_linear", "lowrank_linears"]
+__all__ = [
+    "Linear",
+    "Update",
+    "dora_linear",
+    "dora_linears",
+    "lowrank_linear",
+    "lowrank_linears",
+    "materialize",
+    "materialized_linear",
+]
