@@ -44,7 +44,7 @@ class Adaptation:
         targets = recipe.check(model)
         self.model, self.recipe, self.seed = model, recipe, seed
         self.report: dict[str, Any] = {}
-        self.bindings = [Binding(target, recipe.adapter.build(target)) for target in targets]
+        self.bindings = [Binding(*pair) for pair in zip(targets, recipe.adapter.build_all(targets), strict=True)]
         for binding in self.bindings if recipe.init.offset else ():
             binding.adapter.subtract_start()
         self._whole = whole_parameters(model, recipe.targets, self.targets)

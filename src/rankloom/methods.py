@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rankloom.adapters import BAT, Dense, DoRA, LoRA, MiSS, SaRA
+from rankloom.adapters import BAT, NOLA, Dense, DoRA, LoRA, MiSS, SaRA, VeRA
 from rankloom.errors import RecipeError, near_names
 from rankloom.init import (
     ActivationSVD,
@@ -205,6 +205,24 @@ TABLE: dict[str, Method] = {
         "arXiv 2308.03303",
         "LoRA with A frozen at its random start: no activation of the input's width is needed for its gradient.",
         parameters="r out per target",
+    ),
+    "nola": Method(
+        Recipe(adapter=NOLA(rank=8, alpha=8, bases=512), init=OwnStart()),
+        "NOLA: Compressing LoRA using Linear Combination of Random Basis",
+        "arXiv 2310.02556",
+        "Both factors are learned combinations of 512 random matrices that a seed gives back: the file holds coefficients.",
+        parameters="2 k per target, k random matrices a factor",
+        deviations="the released code reseeds the global generator in every pass; here values are a function of seed and index, "
+        "shared by all layers, A_0 among them. Matrices are U(-1, 1) / sqrt k as for GPT-2 and LLaMA (its vision code differs).",
+    ),
+    "vera": Method(
+        Recipe(adapter=VeRA(rank=256, d_initial=0.1), init=OwnStart()),
+        "VeRA: Vector-based Random Matrix Adaptation",
+        "arXiv 2310.11454",
+        "One frozen random pair for the whole model; every layer learns two vectors that scale its rows and components.",
+        parameters="out + r per target",
+        deviations="each layer's corner of A is scaled for its own width (the released code scales for the widest, which "
+        "makes a layer depend on what else is adapted). The banks come from the seed and are never stored.",
     ),
     "adalora": Method(
         Recipe(

@@ -8,10 +8,13 @@ from rankloom.adapters.factored import FactoredAdapter
 from rankloom.adapters.lora import LoRA, LowRankAdapter
 from rankloom.adapters.materialized import MaterializedAdapter
 from rankloom.adapters.miss import MiSS, MiSSAdapter
+from rankloom.adapters.nola import NOLA, NOLAAdapter
 from rankloom.adapters.sara import SaRA, SaRAAdapter
+from rankloom.adapters.vera import VeRA, VeRAAdapter
 
 __all__ = [
     "BAT",
+    "NOLA",
     "Adapter",
     "AdapterPart",
     "BATAdapter",
@@ -26,7 +29,10 @@ __all__ = [
     "MaterializedAdapter",
     "MiSS",
     "MiSSAdapter",
+    "NOLAAdapter",
     "SaRA",
     "SaRAAdapter",
     "Trainable",
+    "VeRA",
+    "VeRAAdapter",
 ]

@@ -71,6 +71,10 @@ class AdapterPart(Part):
         """A new adapter, its parameters uninitialised. Raises :class:`TargetError` where the target does not fit."""
         raise NotImplementedError
 
+    def build_all(self, targets: list[Target]) -> list[Adapter]:
+        """An adapter for every target of a model; for forms whose adapters share tensors."""
+        return [self.build(target) for target in targets]
+
 
 class Trainable(NamedTuple):
     """A tensor the optimizer moves: full name, parameter, its role (``A``, ``B``, ``dense``, ``whole`` ...), its target.
