@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rankloom.adapters import Dense, DoRA, LoRA
+from rankloom.adapters import Dense, DoRA, LoKr, LoRA
 from rankloom.errors import RecipeError, near_names
 from rankloom.init import (
     ActivationSVD,
@@ -44,6 +44,8 @@ class Method:
 
 
 EVERYTHING_ELSE = Targets(train=("*",))  # adapt all linears, train the rest whole
+
+BEST_RANK = "best rank-k approximation with its measured error; merged weights exactly"
 
 OFFSET = "the stored weight is never edited: the adapter carries its start and subtracts it, so step 0 is bit-exact."
 
@@ -118,6 +120,16 @@ TABLE: dict[str, Method] = {
         parameters="r (in + out) + out per target",
         export="exact (PEFT DoRA); plain LoRA only approximately",
         deviations="as lora-one; held in float32, where the released code has it in float16.",
+    ),
+    "lokr": Method(
+        Recipe(adapter=LoKr(rank=8, alpha=8), init=OwnStart()),
+        "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation (LoKr); KronA without low rank",
+        "arXiv 2309.14859; 2212.10650",
+        "A Kronecker product of two small factors, the second one of low rank, applied without forming it.",
+        parameters="m n + r (p + q) per target with out = m p, in = n q, balanced; m n + p q where r >= max(p, q) / 2",
+        export=BEST_RANK,
+        deviations="w1 starts at zero as in PEFT (adapter.zero='w2' for LyCORIS's start); alpha / r also where both factors are "
+        "whole, as in PEFT, where LyCORIS has 1.",
     ),
     "pissa": Method(
         Recipe(adapter=LoRA(rank=8, alpha=8), init=WeightSVD("principal")),
@@ -225,7 +237,7 @@ TABLE: dict[str, Method] = {
         "arXiv 2403.03507",
         "Full-parameter training with AdamW's moments in the top singular subspace of each gradient.",
         parameters="in * out per target, and all other parameters",
-        export="best rank-k approximation with its measured error; merged weights exactly",
+        export=BEST_RANK,
         deviations="torch's AdamW (bias-corrected eps, decay before the update) instead of the released code's older one.",
     ),
     "full": Method(
@@ -234,7 +246,7 @@ TABLE: dict[str, Method] = {
         "the baseline",
         "Every parameter trained.",
         parameters="all",
-        export="best rank-k approximation with its measured error; merged weights exactly",
+        export=BEST_RANK,
     ),
 }
 

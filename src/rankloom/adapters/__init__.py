@@ -4,6 +4,8 @@ from rankloom.adapters.base import Adapter, AdapterPart, Binding, Trainable
 from rankloom.adapters.dense import Dense, DenseAdapter
 from rankloom.adapters.dora import DoRA, DoRAAdapter
 from rankloom.adapters.factored import FactoredAdapter
+from rankloom.adapters.kronecker import KroneckerAdapter
+from rankloom.adapters.lokr import LoKr, LoKrAdapter
 from rankloom.adapters.lora import LoRA, LowRankAdapter
 
 __all__ = [
@@ -15,6 +17,9 @@ __all__ = [
     "DoRA",
     "DoRAAdapter",
     "FactoredAdapter",
+    "KroneckerAdapter",
+    "LoKr",
+    "LoKrAdapter",
     "LoRA",
     "LowRankAdapter",
     "Trainable",

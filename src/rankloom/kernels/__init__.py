@@ -1,6 +1,18 @@
 """The low-rank linear and its relatives as autograd functions."""
 
 from rankloom.kernels.dora import dora_linear, dora_linears
+from rankloom.kernels.kronecker import Step, Terms, contraction, kronecker_linear, kronecker_product
 from rankloom.kernels.lowrank import Linear, lowrank_linear, lowrank_linears
 
-__all__ = ["Linear", "dora_linear", "dora_linears", "lowrank_linear", "lowrank_linears"]
+__all__ = [
+    "Linear",
+    "Step",
+    "Terms",
+    "contraction",
+    "dora_linear",
+    "dora_linears",
+    "kronecker_linear",
+    "kronecker_product",
+    "lowrank_linear",
+    "lowrank_linears",
+]
