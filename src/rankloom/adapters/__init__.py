@@ -7,6 +7,7 @@ from rankloom.adapters.factored import FactoredAdapter
 from rankloom.adapters.kronecker import KroneckerAdapter
 from rankloom.adapters.lokr import LoKr, LoKrAdapter
 from rankloom.adapters.lora import LoRA, LowRankAdapter
+from rankloom.adapters.materialized import MaterializedAdapter
 
 __all__ = [
     "Adapter",
@@ -22,5 +23,6 @@ __all__ = [
     "LoKrAdapter",
     "LoRA",
     "LowRankAdapter",
+    "MaterializedAdapter",
     "Trainable",
 ]

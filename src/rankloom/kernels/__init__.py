@@ -3,11 +3,13 @@
 from rankloom.kernels.dora import dora_linear, dora_linears
 from rankloom.kernels.kronecker import Step, Terms, contraction, kronecker_linear, kronecker_product
 from rankloom.kernels.lowrank import Linear, lowrank_linear, lowrank_linears
+from rankloom.kernels.materialized import Update, materialize, materialized_linear
 
 __all__ = [
     "Linear",
     "Step",
     "Terms",
+    "Update",
     "contraction",
     "dora_linear",
     "dora_linears",
@@ -15,4 +17,6 @@ __all__ = [
     "kronecker_product",
     "lowrank_linear",
     "lowrank_linears",
+    "materialize",
+    "materialized_linear",
 ]
