@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rankloom.adapters import Dense, DoRA, LoKr, LoRA
+from rankloom.adapters import Dense, DoRA, LoHa, LoKr, LoRA, SoKA
 from rankloom.errors import RecipeError, near_names
 from rankloom.init import (
     ActivationSVD,
     CovarianceSVD,
     Gaussian,
     GradientBlocks,
+    KroneckerSVD,
     OneStepGradient,
     OwnStart,
     QuantizationResidual,
@@ -130,6 +131,25 @@ TABLE: dict[str, Method] = {
         export=BEST_RANK,
         deviations="w1 starts at zero as in PEFT (adapter.zero='w2' for LyCORIS's start); alpha / r also where both factors are "
         "whole, as in PEFT, where LyCORIS has 1.",
+    ),
+    "loha": Method(
+        Recipe(adapter=LoHa(rank=8, alpha=8), init=OwnStart()),
+        "FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning (LoHa)",
+        "arXiv 2108.06098",
+        "The elementwise product of two low-rank matrices, of rank up to r^2; run as a product of rank r^2 where that is thin.",
+        parameters="2 r (in + out) per target",
+        export="exact (rank r^2, at most min(in, out))",
+        deviations="starts with He-uniform factors and w2_b = 0, as PEFT; LyCORIS draws normals and has w2_a = 0.",
+    ),
+    "soka": Method(
+        Recipe(adapter=SoKA(rank=8), init=KroneckerSVD()),
+        "SoKA: SVD on Kronecker Adaptation",
+        "arXiv 2506.15251",
+        "Trains the weight's leading Kronecker terms, as many as its spectrum asks for; what they start as is subtracted.",
+        parameters="r (m n + p q) per target with out = m p, in = n q, balanced; r the terms the spectrum asks for, at most rank",
+        export=BEST_RANK,
+        deviations=OFFSET + " Reconstructed, as no code was released: W itself is decomposed, the factors train "
+        "(adapter.train='sigma' for the weights alone), terms are counted once, by the smaller of 90 % energy and the elbow.",
     ),
     "pissa": Method(
         Recipe(adapter=LoRA(rank=8, alpha=8), init=WeightSVD("principal")),

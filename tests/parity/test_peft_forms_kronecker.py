@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import rankloom
 from rankloom import Recipe
-from rankloom.adapters import LoKr
+from rankloom.adapters import LoHa, LoKr
 from rankloom.adapters.lokr import sides
 from rankloom.init import OwnStart
 
@@ -97,3 +97,9 @@ def test_lokr_factorises_dimensions_as_peft_does() -> None:
     for dimension in [*range(1, 150), 576, 577, 1536, 4096, 11008]:
         for factor in (-1, 1, 2, 3, 4, 8, 12, 20, 64, 500):
             assert sides(dimension, factor) == tuple(factorization(dimension, factor)), (dimension, factor)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])  # thin everywhere, somewhere, nowhere
+def test_loha(rank: int) -> None:
+    # Twice the rank: PEFT rounds alpha / r to float32, which only such a ratio survives.
+    compare(peft.LoHaConfig(r=rank, alpha=2 * rank, **TARGETS), LoHa(rank=rank, alpha=2 * rank), "hada_")

@@ -5,9 +5,11 @@ from rankloom.adapters.dense import Dense, DenseAdapter
 from rankloom.adapters.dora import DoRA, DoRAAdapter
 from rankloom.adapters.factored import FactoredAdapter
 from rankloom.adapters.kronecker import KroneckerAdapter
+from rankloom.adapters.loha import LoHa, LoHaAdapter
 from rankloom.adapters.lokr import LoKr, LoKrAdapter
 from rankloom.adapters.lora import LoRA, LowRankAdapter
 from rankloom.adapters.materialized import MaterializedAdapter
+from rankloom.adapters.soka import SoKA, SoKAAdapter
 
 __all__ = [
     "Adapter",
@@ -19,10 +21,14 @@ __all__ = [
     "DoRAAdapter",
     "FactoredAdapter",
     "KroneckerAdapter",
+    "LoHa",
+    "LoHaAdapter",
     "LoKr",
     "LoKrAdapter",
     "LoRA",
     "LowRankAdapter",
     "MaterializedAdapter",
+    "SoKA",
+    "SoKAAdapter",
     "Trainable",
 ]

@@ -38,7 +38,9 @@ class KroneckerAdapter(Adapter):
         if (frozen := frozen_operands(x, base)) is not None:
             return kronecker_linear(x, *frozen, contraction(terms, _tokens(x)), self.scale)
         y = base(x)
-        narrow = Terms(*(None if t is None else t.to(x.dtype if x.is_floating_point() else y.dtype) for t in terms))
+        dtype = x.dtype if x.is_floating_point() else y.dtype
+        left, right, up = terms
+        narrow = Terms(left.to(dtype), right.to(dtype), None if up is None else up.to(dtype))
         if isinstance(base, EmbeddingLayer):
             update = _looked_up(x, base, narrow)
         elif isinstance(base, Conv2dLayer):
@@ -63,7 +65,7 @@ def _convolved(x: Tensor, base: Layer, left: Tensor, right: Tensor, up: Tensor |
 def _looked_up(x: Tensor, base: Layer, terms: Terms) -> Tensor:
     """Column ``c q + d`` of a Kronecker product is column ``c`` of its left factor by column ``d`` of its right one."""
     left, right, up = terms
-    (t, _, n), (_, _, q) = left.shape, right.shape
+    t, q = len(left), right.shape[2]
     slow = base.down(x // q, left.flatten(0, 1)).unflatten(-1, (t, -1))  # with the layer's own scale on look-ups
     fast = F.embedding(x % q, right.flatten(0, 1).mT).unflatten(-1, (t, -1))
     column = torch.einsum("...ta,...tb->...ab", slow, fast)

@@ -6,20 +6,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankloom.adapters.base import AdapterPart, Dtype, adapter_dtype
-from rankloom.adapters.factored import FactoredAdapter, frozen_operands
+from rankloom.adapters.factored import FactoredAdapter
+from rankloom.adapters.materialized import MaterializedAdapter
 from rankloom.errors import RecipeError
-from rankloom.kernels import Update, materialize, materialized_linear
 from rankloom.parts import part
 from rankloom.targets import EmbeddingLayer, Layer, Target
 
 __all__ = ["LoHa", "LoHaAdapter"]
 
 
-class LoHaAdapter(FactoredAdapter):
+class LoHaAdapter(FactoredAdapter, MaterializedAdapter):
     """``delta = s (w1_a w1_b) * (w2_a w2_b)``, elementwise, with ``wi_a`` (out, r) and ``wi_b`` (r, in).
 
     A Hadamard product of rank-r matrices is a product of factors of width ``r^2``: their rows' and columns' products. Where
@@ -28,6 +27,10 @@ class LoHaAdapter(FactoredAdapter):
     """
 
     roles: ClassVar[dict[str, str]] = dict.fromkeys(("w1_a", "w1_b", "w2_a", "w2_b"), "hadamard")
+    w1_a: Tensor
+    w1_b: Tensor
+    w2_a: Tensor
+    w2_b: Tensor
 
     def __init__(self, layer: Layer, rank: int, scale: float, dtype: torch.dtype) -> None:
         super().__init__()
@@ -51,50 +54,35 @@ class LoHaAdapter(FactoredAdapter):
         rows = self.w1_b[:, None] * self.w2_b[None]
         return columns.flatten(1), rows.flatten(0, 1)
 
+    def rows(self, weight: Tensor | None, span: slice, *tensors: Tensor) -> Tensor:
+        w1_a, w1_b, w2_a, w2_b = tensors
+        return ((self.scale * w1_a[span]) @ w1_b) * (w2_a[span] @ w2_b)
+
+    def delta(self, base: Layer) -> Tensor:
+        return MaterializedAdapter.delta(self, base)
+
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        (out, _), (_, into) = self.w1_a.shape, self.w1_b.shape
+        out, into = len(self.w1_a), self.w1_b.shape[1]
         if self.rank**2 <= min(out, into):
             return super().factors()
-        delta = self._rows(None, slice(None), *self.parameters())
+        delta = self.rows(None, slice(None), *self.tensors())
         eye = torch.eye(min(out, into), dtype=delta.dtype, device=delta.device)
         return (eye, delta) if out < into else (delta, eye)
 
-    def delta(self, base: Layer) -> Tensor:
-        return self._rows(None, slice(None), *self.parameters())
+    def thin(self, base: Layer) -> bool:
+        """Whether the factors of width ``r^2`` take fewer multiplications in training than forming the update.
 
-    def thin(self, dtype: torch.dtype) -> bool:
-        """Whether the factors of width ``r^2`` take fewer multiplications than forming the update.
-
-        A step of training passes the factors three times (forward, input, factors). A formed update joins the weight and
-        adds the weight's gradient only; in half precision, where the sum would round it away, it takes products of its own.
+        They are passed three times (forward, input, factors), where a formed update adds the weight's gradient only. A
+        look-up never needs more than its own rows.
         """
-        (out, _), (_, into) = self.w1_a.shape, self.w1_b.shape
-        formed = out * into * (3 if dtype.itemsize < 4 else 1)
-        return 3 * self.rank**2 * (out + into) <= formed
+        out, into = base.out_features, base.in_features
+        return isinstance(base, EmbeddingLayer) or 3 * self.rank**2 * (out + into) <= out * into
 
     def operands(self, x: Tensor, base: Layer) -> Any:
-        return super().operands(x, base) if self.thin(x.dtype) else None
+        return super().operands(x, base) if self.thin(base) else None
 
     def forward(self, x: Tensor, base: Layer) -> Tensor:
-        if isinstance(base, EmbeddingLayer) or self.thin(x.dtype):
-            return super().forward(x, base)
-        parameters = tuple(self.parameters())
-        frozen = frozen_operands(x, base)
-        if frozen is None:
-            update = materialize(self._update(None), parameters, x.dtype)
-            return (y := base(x)) + base.down(x, update).to(y.dtype)
-        weight, bias = frozen
-        if x.dtype.itemsize < 4:
-            return F.linear(x, weight, bias) + materialized_linear(x, self._update(None), parameters, F.linear)
-        return materialized_linear(x, self._update(weight), parameters, lambda x, formed: F.linear(x, formed, bias))
-
-    def _update(self, weight: Tensor | None) -> Update:
-        shape = len(self.w1_a), self.w1_b.shape[1]
-        return Update(shape, self._rows, None if weight is None else lambda: weight)
-
-    def _rows(self, weight: Tensor | None, span: slice, w1_a: Tensor, w1_b: Tensor, *second: Tensor) -> Tensor:
-        w2_a, w2_b = second
-        return ((self.scale * w1_a[span]) @ w1_b) * (w2_a[span] @ w2_b)
+        return (FactoredAdapter if self.thin(base) else MaterializedAdapter).forward(self, x, base)
 
 
 @part("adapter", "loha")

@@ -25,6 +25,12 @@ class LoKrAdapter(KroneckerAdapter):
     ``wi = wi_a wi_b`` with ``wi_a`` (., r), ``wi_b`` (r, .)."""
 
     roles: ClassVar[dict[str, str]] = dict.fromkeys(("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b"), "kronecker")
+    w1: Tensor
+    w1_a: Tensor
+    w1_b: Tensor
+    w2: Tensor
+    w2_a: Tensor
+    w2_b: Tensor
 
     def __init__(
         self,

@@ -130,11 +130,8 @@ class _KroneckerLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         count = len(ctx.sides)
-        weight, states, cast = (
-            ctx.saved_tensors[0],
-            list(ctx.saved_tensors[1 : 1 + count]),
-            ctx.saved_tensors[1 + count :],
-        )
+        weight, *both = ctx.saved_tensors  # once: a checkpoint forms them again for each access
+        states, cast = both[:count], both[count:]
         needs_x, trained = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         missing = [index for index in range(count) if trained[index] and states[index] is None]
         for index in range(1, max(missing, default=0) + 1):  # only where x is there to start from

@@ -15,10 +15,20 @@ from rankloom.linalg.kronecker import (
 )
 from rankloom.linalg.spd import damped, spd_inverse, spd_sylvester
 from rankloom.linalg.svd import best_rank, leading_svd, orthonormal, randomized_svd, truncated_svd, two_sided_svd
+from rankloom.linalg.tensor_ring import (
+    chain,
+    mode_sizes,
+    ring_change,
+    ring_change_cost,
+    ring_identity_penalty,
+    ring_orthogonality_penalty,
+    ring_times,
+)
 
 __all__ = [
     "balanced_sides",
     "best_rank",
+    "chain",
     "damped",
     "divisors",
     "elbow",
@@ -26,10 +36,16 @@ __all__ = [
     "kronecker_sum",
     "kronecker_svd",
     "leading_svd",
+    "mode_sizes",
     "orthonormal",
     "principal_angles",
     "randomized_svd",
     "rearranged",
+    "ring_change",
+    "ring_change_cost",
+    "ring_identity_penalty",
+    "ring_orthogonality_penalty",
+    "ring_times",
     "spd_inverse",
     "spd_sylvester",
     "truncated_svd",
