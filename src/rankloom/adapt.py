@@ -323,8 +323,10 @@ def adapt(model: nn.Module, recipe: Recipe, calibration: Calibration | None = No
                 f"init='kaiming'"
             )
         evidence = init.gather(model, handle.bindings, calibration, seed)
-        if (ranks := init.ranks(handle.bindings, evidence)) is not None:
-            handle = Adaptation(model, recipe.with_ranks(ranks), seed)
+    with torch.no_grad():
+        ranks = init.ranks(handle.bindings, evidence) if handle.bindings else None
+    if ranks is not None:
+        handle = Adaptation(model, recipe.with_ranks(ranks), seed)
     handle.attach()
     loss = None if calibration is None else (lambda: mean_loss(model, calibration))
     context = InitContext(handle.bindings, evidence, seed, loss)

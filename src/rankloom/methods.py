@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rankloom.adapters import BAT, NOLA, Dense, DoRA, LoRA, MiSS, SaRA, VeRA
+from rankloom.adapters import BAT, NOLA, Dense, DoRA, LoHa, LoKr, LoRA, MiSS, SaRA, SoKA, VeRA
 from rankloom.errors import RecipeError, near_names
 from rankloom.init import (
     ActivationSVD,
     CovarianceSVD,
     Gaussian,
     GradientBlocks,
+    KroneckerSVD,
     OneStepGradient,
     OwnStart,
     QuantizationResidual,
@@ -44,6 +45,8 @@ class Method:
 
 
 EVERYTHING_ELSE = Targets(train=("*",))  # adapt all linears, train the rest whole
+
+BEST_RANK = "best rank-k approximation with its measured error; merged weights exactly"
 
 OFFSET = "the stored weight is never edited: the adapter carries its start and subtracts it, so step 0 is bit-exact."
 
@@ -118,6 +121,35 @@ TABLE: dict[str, Method] = {
         parameters="r (in + out) + out per target",
         export="exact (PEFT DoRA); plain LoRA only approximately",
         deviations="as lora-one; held in float32, where the released code has it in float16.",
+    ),
+    "lokr": Method(
+        Recipe(adapter=LoKr(rank=8, alpha=8), init=OwnStart()),
+        "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation (LoKr); KronA without low rank",
+        "arXiv 2309.14859; 2212.10650",
+        "A Kronecker product of two small factors, the second one of low rank, applied without forming it.",
+        parameters="m n + r (p + q) per target with out = m p, in = n q, balanced; m n + p q where r >= max(p, q) / 2",
+        export=BEST_RANK,
+        deviations="w1 starts at zero as in PEFT (adapter.zero='w2' for LyCORIS's start); alpha / r also where both factors are "
+        "whole, as in PEFT, where LyCORIS has 1.",
+    ),
+    "loha": Method(
+        Recipe(adapter=LoHa(rank=8, alpha=8), init=OwnStart()),
+        "FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning (LoHa)",
+        "arXiv 2108.06098",
+        "The elementwise product of two low-rank matrices, of rank up to r^2; run as a product of rank r^2 where that is thin.",
+        parameters="2 r (in + out) per target",
+        export="exact (rank r^2, at most min(in, out))",
+        deviations="starts with He-uniform factors and w2_b = 0, as PEFT; LyCORIS draws normals and has w2_a = 0.",
+    ),
+    "soka": Method(
+        Recipe(adapter=SoKA(rank=8), init=KroneckerSVD()),
+        "SoKA: SVD on Kronecker Adaptation",
+        "arXiv 2506.15251",
+        "Trains the weight's leading Kronecker terms, as many as its spectrum asks for; what they start as is subtracted.",
+        parameters="r (m n + p q) per target with out = m p, in = n q, balanced; r the terms the spectrum asks for, at most rank",
+        export=BEST_RANK,
+        deviations=OFFSET + " Reconstructed, as no code was released: W itself is decomposed, the factors train "
+        "(adapter.train='sigma' for the weights alone), terms are counted once, by the smaller of 90 % energy and the elbow.",
     ),
     "pissa": Method(
         Recipe(adapter=LoRA(rank=8, alpha=8), init=WeightSVD("principal")),
@@ -283,7 +315,7 @@ TABLE: dict[str, Method] = {
         "arXiv 2403.03507",
         "Full-parameter training with AdamW's moments in the top singular subspace of each gradient.",
         parameters="in * out per target, and all other parameters",
-        export="best rank-k approximation with its measured error; merged weights exactly",
+        export=BEST_RANK,
         deviations="torch's AdamW (bias-corrected eps, decay before the update) instead of the released code's older one.",
     ),
     "full": Method(
@@ -292,7 +324,7 @@ TABLE: dict[str, Method] = {
         "the baseline",
         "Every parameter trained.",
         parameters="all",
-        export="best rank-k approximation with its measured error; merged weights exactly",
+        export=BEST_RANK,
     ),
 }
 

@@ -84,14 +84,16 @@ class Recipe:
         Raises:
             CompositionError: the adapter has no ranks.
         """
-        if not isinstance(self.adapter, LoRA):
+        if not hasattr(self.adapter, "rank_pattern"):
             raise CompositionError(f"adapter {self.adapter.kind!r} has no ranks to redistribute")
+        settings: Any = self.adapter
         pattern, alphas = {}, {}
         for name, rank in ranks.items():
-            if rank and rank != (before := self.adapter.rank_of(name)):
+            if rank and rank != (before := settings.rank_of(name)):
                 key = exact_pattern(name, ranks)
                 pattern[key] = rank
-                alphas[key] = self.adapter.alpha_of(name) * rank / before
+                if hasattr(settings, "alpha_pattern"):
+                    alphas[key] = settings.alpha_of(name) * rank / before
         kept = [name for name, rank in ranks.items() if rank]
         if not kept:
             raise CompositionError("the redistribution of ranks leaves no target: raise adapter.rank")
@@ -100,11 +102,10 @@ class Recipe:
             targets = dataclasses.replace(
                 targets, modules=tuple(exact_pattern(name, kept) for name in kept), exclude=()
             )
-        adapter = dataclasses.replace(
-            self.adapter,
-            rank_pattern=self.adapter.rank_pattern | pattern,
-            alpha_pattern=self.adapter.alpha_pattern | alphas,
-        )
+        changed = {"rank_pattern": settings.rank_pattern | pattern}
+        if alphas:
+            changed["alpha_pattern"] = settings.alpha_pattern | alphas
+        adapter = dataclasses.replace(settings, **changed)
         return dataclasses.replace(self, targets=targets, adapter=adapter)
 
     def to_dict(self) -> dict[str, Any]:

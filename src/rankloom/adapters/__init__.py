@@ -5,11 +5,15 @@ from rankloom.adapters.bat import BAT, BATAdapter
 from rankloom.adapters.dense import Dense, DenseAdapter
 from rankloom.adapters.dora import DoRA, DoRAAdapter
 from rankloom.adapters.factored import FactoredAdapter
+from rankloom.adapters.kronecker import KroneckerAdapter
+from rankloom.adapters.loha import LoHa, LoHaAdapter
+from rankloom.adapters.lokr import LoKr, LoKrAdapter
 from rankloom.adapters.lora import LoRA, LowRankAdapter
 from rankloom.adapters.materialized import MaterializedAdapter
 from rankloom.adapters.miss import MiSS, MiSSAdapter
 from rankloom.adapters.nola import NOLA, NOLAAdapter
 from rankloom.adapters.sara import SaRA, SaRAAdapter
+from rankloom.adapters.soka import SoKA, SoKAAdapter
 from rankloom.adapters.vera import VeRA, VeRAAdapter
 
 __all__ = [
@@ -24,6 +28,11 @@ __all__ = [
     "DoRA",
     "DoRAAdapter",
     "FactoredAdapter",
+    "KroneckerAdapter",
+    "LoHa",
+    "LoHaAdapter",
+    "LoKr",
+    "LoKrAdapter",
     "LoRA",
     "LowRankAdapter",
     "MaterializedAdapter",
@@ -32,6 +41,8 @@ __all__ = [
     "NOLAAdapter",
     "SaRA",
     "SaRAAdapter",
+    "SoKA",
+    "SoKAAdapter",
     "Trainable",
     "VeRA",
     "VeRAAdapter",

@@ -16,7 +16,7 @@ from rankloom.errors import RecipeError, TargetError, near_names
 from rankloom.parts import part
 from rankloom.targets import Layer, LinearLayer, Target, matches
 
-__all__ = ["SCALINGS", "LoRA", "LowRankAdapter"]
+__all__ = ["SCALINGS", "LoRA", "LowRankAdapter", "last_match"]
 
 T = TypeVar("T")
 Scaling = Literal["standard", "rslora", "triplet"]
@@ -253,11 +253,11 @@ class LoRA(AdapterPart):
 
     def rank_of(self, target: str) -> int:
         """The rank for a target name."""
-        return _last_match(self.rank_pattern, target, self.rank)
+        return last_match(self.rank_pattern, target, self.rank)
 
     def alpha_of(self, target: str) -> float:
         """Alpha for a target name."""
-        return _last_match(self.alpha_pattern, target, self.alpha)
+        return last_match(self.alpha_pattern, target, self.alpha)
 
     def scale_of(self, target: str) -> float:
         """``s`` for a target name."""
@@ -299,7 +299,8 @@ class LoRA(AdapterPart):
         }
 
 
-def _last_match(patterns: dict[str, T], name: str, default: T) -> T:
+def last_match(patterns: dict[str, T], name: str, default: T) -> T:
+    """The value of the last pattern that matches a target's name."""
     found = [value for pattern, value in patterns.items() if _matches(pattern, name)]
     return found[-1] if found else default
 

@@ -4,6 +4,7 @@ from rankloom.init.activation_svd import ActivationSVD
 from rankloom.init.base import InitContext, InitPart
 from rankloom.init.covariance_svd import CovarianceSVD
 from rankloom.init.gradient_blocks import GradientBlocks
+from rankloom.init.kronecker_svd import KroneckerSVD
 from rankloom.init.one_step import OneStepGradient
 from rankloom.init.own import OwnStart
 from rankloom.init.quantization_residual import QuantizationResidual
@@ -20,6 +21,7 @@ __all__ = [
     "InitContext",
     "InitPart",
     "Kaiming",
+    "KroneckerSVD",
     "OneStepGradient",
     "OwnStart",
     "QuantizationResidual",

@@ -1,15 +1,21 @@
 """The low-rank linear and its relatives as autograd functions."""
 
 from rankloom.kernels.dora import dora_linear, dora_linears
+from rankloom.kernels.kronecker import Step, Terms, contraction, kronecker_linear, kronecker_product
 from rankloom.kernels.lowrank import Linear, lowrank_linear, lowrank_linears
 from rankloom.kernels.materialized import Update, materialize, materialized_linear
 from rankloom.kernels.shards import shard_linear, shard_sum
 
 __all__ = [
     "Linear",
+    "Step",
+    "Terms",
     "Update",
+    "contraction",
     "dora_linear",
     "dora_linears",
+    "kronecker_linear",
+    "kronecker_product",
     "lowrank_linear",
     "lowrank_linears",
     "materialize",

@@ -1,0 +1,138 @@
+"""SoKA (2506.15251): a sum of Kronecker products, or only the weights of its terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rankloom.adapters.base import AdapterPart, Dtype, adapter_dtype
+from rankloom.adapters.kronecker import KroneckerAdapter
+from rankloom.adapters.lora import last_match
+from rankloom.errors import RecipeError, TargetError
+from rankloom.kernels import Terms
+from rankloom.linalg import balanced_sides
+from rankloom.parts import part
+from rankloom.targets import Layer, Target
+
+__all__ = ["SoKA", "SoKAAdapter"]
+
+
+class SoKAAdapter(KroneckerAdapter):
+    """``delta = sum_k sigma_k U_k (x) V_k`` with ``U`` (r, m, n), ``V`` (r, p, q), out = m p, in = n q.
+
+    Either the factors train and ``sigma`` is one and not held, or ``sigma`` (r,) trains between frozen factors. Where the
+    start is subtracted, ``U0 (x) V0`` leaves ``(U - U0) (x) V + U0 (x) (V - V0)``, formed from what has moved: exactly zero at
+    the start.
+    """
+
+    roles: ClassVar[dict[str, str]] = {"U": "kronecker", "V": "kronecker", "sigma": "core"}
+    U: Tensor
+    V: Tensor
+    U0: Tensor
+    V0: Tensor
+    sigma: Tensor
+    sigma0: Tensor
+
+    def __init__(self, layer: Layer, rank: int, train: Literal["uv", "sigma"], dtype: torch.dtype) -> None:
+        super().__init__()
+        m, n = balanced_sides(layer.out_features, layer.in_features)
+        shapes = {"U": (rank, m, n), "V": (rank, layer.out_features // m, layer.in_features // n), "sigma": (rank,)}
+        self.rank, self.train_uv, self.offset = rank, train == "uv", False
+        for name in ("U", "V") if self.train_uv else shapes:
+            tensor = torch.zeros(shapes[name], dtype=dtype, device=layer.device)
+            if self.train_uv or name == "sigma":
+                self.register_parameter(name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor)
+
+    def subtract_start(self) -> None:
+        """Make room for the start: what :meth:`initialized` finds written is subtracted from then on."""
+        self.offset = True
+        for name, parameter in list(self.named_parameters()):
+            self.register_buffer(f"{name}0", torch.zeros_like(parameter))
+
+    @torch.no_grad()
+    def initialized(self, base: Layer) -> None:
+        if self.offset:
+            for name, parameter in self.named_parameters():
+                self.get_buffer(f"{name}0").copy_(parameter)
+
+    @torch.no_grad()
+    def start(self, left: Tensor, values: Tensor, right: Tensor) -> None:
+        """Write ``sum_k values_k left_k (x) right_k``; factors that train take the root of the values each."""
+        if self.train_uv:
+            root = values.sqrt()[:, None, None]
+            self.U.copy_(root * left)
+            self.V.copy_(root * right)
+        else:
+            self.U.copy_(left)
+            self.V.copy_(right)
+            self.sigma.copy_(values)
+
+    @torch.no_grad()
+    def reset(self, base: Layer, generator: torch.Generator) -> None:
+        """``V`` (or ``sigma``) at zero, factors normal with as much variance as keeps a term's at ``1 / in``."""
+        for factor in (self.U, self.V):
+            drawn = torch.randn(factor.shape, generator=generator, dtype=factor.dtype)
+            factor.copy_(drawn * factor.shape[2] ** -0.5)
+        (self.V if self.train_uv else self.sigma).zero_()
+
+    def terms(self) -> Terms:
+        if not self.train_uv:
+            sigma = self.sigma - self.sigma0 if self.offset else self.sigma
+            return Terms(sigma[:, None, None] * self.U, self.V)
+        if not self.offset:
+            return Terms(self.U, self.V)
+        return Terms(torch.cat([self.U - self.U0, self.U0]), torch.cat([self.V, self.V - self.V0]))
+
+
+@part("adapter", "soka")
+@dataclass(frozen=True)
+class SoKA(AdapterPart):
+    """``y = x (W + sum_{k <= r} sigma_k U_k (x) V_k)^T + b``; a term has rank up to ``min(m, n) min(p, q)``.
+
+    The factors' sides are the divisors of out and in with the fewest parameters, see
+    :func:`rankloom.linalg.balanced_sides`; between primes that is a column by a row, and the form is LoRA without its scale.
+    ``train="uv"``: the factors; ``"sigma"``: one weight a term, between frozen factors. ``rank_pattern`` overrides the number
+    of terms for the targets a pattern matches (last match wins). Parameters per target: ``r (m n + p q)``, or ``r``.
+
+    Raises:
+        TargetError: more terms than ``min(m n, p q)``, with which the sum is any matrix.
+    """
+
+    variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"train": "sigma"})
+
+    rank: int = 8
+    train: Literal["uv", "sigma"] = "uv"
+    dtype: Dtype = "auto"
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def offers(self) -> frozenset[str]:
+        return frozenset({"kronecker terms", "own start"})
+
+    def check(self) -> None:
+        if min([self.rank, *self.rank_pattern.values()]) < 1:
+            raise RecipeError(f"adapter rank must be at least 1, got {self.rank} with rank_pattern {self.rank_pattern}")
+
+    def rank_of(self, target: str) -> int:
+        """The number of terms for a target name."""
+        return last_match(self.rank_pattern, target, self.rank)
+
+    def check_on(self, targets: list[Target]) -> None:
+        for target in targets:
+            m, n = balanced_sides(*target.shape)
+            most, rank = min(m * n, target.shape[0] * target.shape[1] // (m * n)), self.rank_of(target.name)
+            if rank > most:
+                raise TargetError(
+                    f"{rank} Kronecker terms are more than {target.name} {target.shape} has, {most} of {m} x {n}: lower "
+                    f"adapter.rank to at most {most}, or set adapter.rank_pattern for this module"
+                )
+
+    def build(self, target: Target) -> SoKAAdapter:
+        dtype = adapter_dtype(self.dtype, target.layer)
+        return SoKAAdapter(target.layer, self.rank_of(target.name), self.train, dtype)

@@ -1,0 +1,122 @@
+"""Tensor rings: matrices and factors as closed chains of small cores.
+
+A ring matrix of cores ``A_d`` (I_d, J_d, R, R) is ``T[(i_1..i_D), (j_1..j_D)] = tr(A_1[i_1, j_1] ... A_D[i_D, j_D])``. Here its
+cores are ``delta_ij M_d + E_d`` with ``tr(M_1 ... M_D) = 1``: ``T = I`` at ``E = 0``, and the change ``T - I`` is formed from the
+``E_d`` that have moved,
+
+    T - I = sum_d tr( A_1 .. A_{d-1} E_d M_{d+1} .. M_D ),
+
+so that it is zero exactly, and small without cancellation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "chain",
+    "mode_sizes",
+    "ring_change",
+    "ring_change_cost",
+    "ring_identity_penalty",
+    "ring_orthogonality_penalty",
+    "ring_times",
+]
+
+
+def mode_sizes(dimension: int, modes: int) -> tuple[int, ...]:
+    """``modes`` factors, near balanced, of ``dimension``, or of the least number above it that has such factors.
+
+    No factor is above twice the balanced one, so a prime dimension is padded instead of being a core by itself.
+    """
+    for padded in range(dimension, 2 * dimension + 2**modes):
+        sizes, rest, divisor = [1] * modes, padded, 2
+        primes = []
+        while divisor * divisor <= rest:
+            while rest % divisor == 0:
+                primes.append(divisor)
+                rest //= divisor
+            divisor += 1
+        primes += [rest] * (rest > 1)
+        for prime in reversed(primes):
+            sizes[sizes.index(min(sizes))] *= prime
+        if max(sizes) <= 2 * -(-(padded ** (1 / modes)) // 1):
+            return tuple(sorted(sizes))
+    raise AssertionError("a power of two is always among them")
+
+
+def chain(cores: Sequence[Tensor]) -> Tensor:
+    """``B_1[i_1] ... B_D[i_D]`` (prod I_d, R, R) of cores (I_d, R, R), the first index slowest."""
+    return reduce(lambda left, core: torch.einsum("pab,ibc->piac", left, core).flatten(0, 1), cores)
+
+
+def ring_change(cores: Sequence[Tensor], bonds: Tensor) -> Tensor:
+    """``T - I`` (N, N) of ``E_d`` (I_d, I_d, R, R) and ``M`` (D, R, R), ``N = prod I_d``."""
+    whole = torch.eye(bonds.shape[-1], dtype=bonds.dtype, device=bonds.device)[None, None]
+    moved = torch.zeros_like(whole)
+    for core, bond in zip(cores[:-1], bonds[:-1], strict=True):
+        eye = torch.eye(len(core), dtype=core.dtype, device=core.device)
+        step = torch.einsum("abxr,ijrs->aibjxs", whole, core)
+        whole, moved = (step + torch.einsum("abxr,rs,ij->aibjxs", t, bond, eye) for t in (whole, moved))
+        whole, moved = (t.flatten(2, 3).flatten(0, 1) for t in (whole, moved))
+    eye = torch.eye(len(cores[-1]), dtype=bonds.dtype, device=bonds.device)
+    change = torch.einsum("abxr,ijrx->aibj", whole, cores[-1])
+    change = change + torch.einsum("abxr,rx,ij->aibj", moved, bonds[-1], eye)
+    return change.flatten(2, 3).flatten(0, 1)
+
+
+def ring_times(x: Tensor, cores: Sequence[Tensor], bonds: Tensor) -> Tensor:
+    """``(T - I) x`` for rows ``x`` (tokens, N), core by core, without forming ``T``."""
+    rank = bonds.shape[-1]
+    whole = x[:, :, None, None] * torch.eye(rank, dtype=x.dtype, device=x.device)
+    moved, done = torch.zeros_like(whole), 1
+    for core, bond in zip(cores[:-1], bonds[:-1], strict=True):
+        shape, done = (len(x) * done, len(core), -1, rank, rank), done * len(core)
+        step = torch.einsum("pjqxr,ijrs->piqxs", whole.reshape(shape), core).reshape(whole.shape)
+        whole, moved = step + whole @ bond, step + moved @ bond
+    last = whole.view(len(x) * done, len(cores[-1]), rank, rank)
+    change = torch.einsum("pjxr,ijrx->pi", last, cores[-1]).view(x.shape)
+    return change + torch.einsum("tnxr,rx->tn", moved, bonds[-1])
+
+
+def ring_change_cost(sizes: Sequence[int], rank: int) -> tuple[int, int]:
+    """Multiplications of :func:`ring_times` for a token, and of :func:`ring_change` once."""
+    width = reduce(int.__mul__, sizes)
+    inner = sum(rank * (size + 2) for size in sizes[1:-1])
+    token = width * rank**2 * (sizes[0] + sizes[-1] + inner + 2 * rank)
+    return token, width**2 * (2 * rank**2 + rank**3 // sizes[-1] + 1)
+
+
+def ring_identity_penalty(cores: Sequence[Tensor], bonds: Tensor) -> Tensor:
+    """``||T - I||_F^2`` from the cores: ``T - I`` is a ring itself, of the blocks ``[[A_d, E_d], [0, M_d]]``, opened once."""
+    rank = bonds.shape[-1]
+    doubled = []
+    for core, bond in zip(cores, bonds, strict=True):
+        eye = torch.eye(len(core), dtype=core.dtype, device=core.device)[:, :, None, None]
+        zero = torch.zeros_like(core)
+        rows = torch.cat([eye * bond + core, core], -1), torch.cat([zero, eye * bond + zero], -1)
+        doubled.append(_squared(torch.cat(rows, -2)))
+    closing = torch.zeros(2 * rank, 2 * rank, dtype=bonds.dtype, device=bonds.device)
+    closing[rank:, :rank] = torch.eye(rank, dtype=bonds.dtype, device=bonds.device)
+    return (reduce(torch.matmul, doubled) * torch.kron(closing, closing).mT).sum()
+
+
+def ring_orthogonality_penalty(cores: Sequence[Tensor], bonds: Tensor) -> Tensor:
+    """``||T^T T - I||_F^2 = ||T^T T||_F^2 - 2 ||T||_F^2 + N`` from the cores; ``T^T T`` is a ring of rank ``R^2``."""
+    single, double, width = [], [], 1
+    for core, bond in zip(cores, bonds, strict=True):
+        whole = torch.eye(len(core), dtype=core.dtype, device=core.device)[:, :, None, None] * bond + core
+        gram = torch.einsum("ijrs,iltu->jlrtsu", whole, whole).flatten(4, 5).flatten(2, 3)
+        single.append(_squared(whole))
+        double.append(_squared(gram))
+        width *= len(core)
+    return reduce(torch.matmul, double).trace() - 2 * reduce(torch.matmul, single).trace() + width
+
+
+def _squared(core: Tensor) -> Tensor:
+    """``sum_ij A[i, j] (x) A[i, j]`` (R^2, R^2)."""
+    return torch.einsum("ijrs,ijtu->rtsu", core, core).flatten(2, 3).flatten(0, 1)
