@@ -11,6 +11,7 @@ from rankloom.adapters import Dense, DoRA, LoRA
 from rankloom.errors import RecipeError, near_names
 from rankloom.init import (
     ActivationSVD,
+    CommonSubspace,
     CovarianceSVD,
     Gaussian,
     GradientBlocks,
@@ -18,6 +19,7 @@ from rankloom.init import (
     OwnStart,
     QuantizationResidual,
     UpdateSVD,
+    WeightLU,
     WeightQR,
     WeightSubspace,
     WeightSVD,
@@ -198,6 +200,57 @@ TABLE: dict[str, Method] = {
         "Trains an r x r core between frozen singular vectors of the weight.",
         parameters="r^2 per target",
         deviations="exact or converged singular vectors, where the released code has a truncated randomised SVD.",
+    ),
+    "svfit": Method(
+        Recipe(
+            adapter=LoRA(rank=8, alpha=1, scaling="constant", core="diagonal", train="core"),
+            init=WeightSubspace(std=0.0, values=False),
+        ),
+        "SVFit: Parameter-Efficient Fine-Tuning of Large Pre-Trained Models Using Singular Values",
+        "arXiv 2409.05926",
+        "Trains the leading singular values of the weight between its frozen singular vectors.",
+        parameters="r per target",
+        deviations="no code was released. What trains is each value's shift, from zero, so step 0 is bit-exact and weight decay "
+        "cannot shrink the pretrained spectrum; init.values=True trains relative shifts instead.",
+    ),
+    "svf": Method(
+        Recipe(
+            adapter=LoRA(rank="full", alpha=1, scaling="constant", core="diagonal", train="core"),
+            init=WeightSubspace(std=0.0),
+        ),
+        "Transformer-Squared: Self-adaptive LLMs (singular value fine-tuning)",
+        "arXiv 2501.06252",
+        "Scales every singular value of the weight: W = U diag(S (1 + e)) V^T.",
+        parameters="min(in, out) per target",
+        deviations="trained by any loss, where the paper has REINFORCE with a KL term. The scaling starts at exactly one; the "
+        "released code's is a sigmoid of noise around 0.1, renormalised to the weight's nuclear norm. Set targets.modules to "
+        "the mlp layers for its choice of them.",
+    ),
+    "loldu": Method(
+        Recipe(adapter=LoRA(rank=8, alpha=8, core="diagonal", train="core"), init=WeightLU()),
+        "LoLDU: Low-Rank Adaptation via Lower-Diag-Upper Decomposition for Parameter-Efficient Fine-Tuning",
+        "arXiv 2410.13618",
+        "Trains a diagonal between the frozen triangular factors of the weight's pivoted LU decomposition.",
+        parameters="r per target",
+        deviations="what trains is z - z0, so the paper's many choices of z0 are one and the same and step 0 is bit-exact for "
+        "all; the released code subtracts the pivots whatever z0 is, and holds a dense permutation. Rows whose pivot is tiny "
+        "are not divided by it.",
+    ),
+    "cora": Method(
+        Recipe(adapter=LoRA(rank=8, alpha=8, train="A"), init=CommonSubspace()),
+        "CoRA: Optimizing Low-Rank Adaptation with Common Subspace of Large Language Models",
+        "arXiv 2409.02119",
+        "LoRA with B frozen at a basis of the output subspace that related models share; A starts at zero.",
+        parameters="r in per target",
+        deviations="partly reconstructed, as no code was released: the basis is the leading left singular vectors of the "
+        "models' weights side by side (init.references), or of the weight itself where none are given.",
+    ),
+    "cora-init": Method(
+        Recipe(adapter=LoRA(rank=8, alpha=8), init=CommonSubspace()),
+        "CoRA: Optimizing Low-Rank Adaptation with Common Subspace of Large Language Models (B trained)",
+        "arXiv 2409.02119",
+        "LoRA whose B starts at the common basis and trains; A starts at zero.",
+        deviations="as cora.",
     ),
     "lora-fa": Method(
         Recipe(adapter=LoRA(rank=8, alpha=16, train="B")),
