@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rankloom.adapters import Dense, DoRA, LoRA
+from rankloom.adapters import SALT, Dense, DoRA, Hydra, LoRA, Selected
 from rankloom.errors import RecipeError, near_names
 from rankloom.init import (
     ActivationSVD,
@@ -24,8 +24,9 @@ from rankloom.init import (
     WeightSubspace,
     WeightSVD,
 )
+from rankloom.lifecycle import FreezeColumns
 from rankloom.optim import ALLoRA, LoRAPlus, LoRAPro, Projected, Riemannian
-from rankloom.rank import AdaLoRA
+from rankloom.rank import AdaLoRA, WeightSpectrum
 from rankloom.recipe import Recipe
 from rankloom.targets import Targets
 
@@ -251,6 +252,66 @@ TABLE: dict[str, Method] = {
         "arXiv 2409.02119",
         "LoRA whose B starts at the common basis and trains; A starts at zero.",
         deviations="as cora.",
+    ),
+    "sbora-fa": Method(
+        Recipe(adapter=Selected(rank=8, alpha=16, side="in"), init=OwnStart()),
+        "SBoRA: Low-Rank Adaptation with Regional Weight Updates",
+        "arXiv 2407.05413",
+        "LoRA with A frozen to r standard basis vectors: r columns of the weight learn.",
+        parameters="r out per target",
+        deviations="the features come from each target's own generator; adapter.select='norm' takes those of the largest columns "
+        "instead.",
+    ),
+    "sbora-fb": Method(
+        Recipe(adapter=Selected(rank=8, alpha=16, side="out"), init=OwnStart()),
+        "SBoRA: Low-Rank Adaptation with Regional Weight Updates (B frozen)",
+        "arXiv 2407.05413",
+        "LoRA with B frozen to r standard basis vectors: r rows of the weight learn.",
+        parameters="r in per target",
+        deviations="as sbora-fa.",
+    ),
+    "lamda": Method(
+        Recipe(adapter=LoRA(rank=8, alpha=16, core="square", train="B+core"), lifecycle=FreezeColumns(eta=0.3)),
+        "LaMDA: Large Model Fine-Tuning via Spectrally Decomposed Low-Dimensional Adaptation",
+        "arXiv 2406.12832",
+        "A frozen, an r x r core trained throughout, and a B whose columns are frozen one by one early in the run.",
+        parameters="r out + r^2 per target, falling to r^2",
+        deviations="the core starts at the identity and B at zero, where the released code has a random core; "
+        "init='weight-svd' is the paper's spectral start, subtracted. Columns are frozen to the bit and all of them by eta of "
+        "the run; the released code, a factor r short, freezes at most 3, and momentum still moves those.",
+    ),
+    "lamda++": Method(
+        Recipe(
+            adapter=LoRA(rank=8, alpha=16, core="square", train="B+core"),
+            rank=WeightSpectrum(spread=2.0),
+            lifecycle=FreezeColumns(eta=0.3),
+        ),
+        "LaMDA: Large Model Fine-Tuning via Spectrally Decomposed Low-Dimensional Adaptation (LaMDA++)",
+        "arXiv 2406.12832",
+        "LaMDA with higher ranks where the weight's spectrum is flat, under the same total.",
+        parameters="sum of r_l out + r_l^2, sum of r_l as in the recipe",
+        deviations="as lamda; the allocation was not released: every layer takes the components it needs for the same share of "
+        "its weight's energy, between half and twice the rank, and the total is met exactly.",
+    ),
+    "salt": Method(
+        Recipe(adapter=SALT(rank=8, lora_rank=4), init=OwnStart()),
+        "SALT: Singular Value Adaptation with Low-Rank Transformation",
+        "arXiv 2503.16055",
+        "Scales and shifts the leading singular values; a low-rank matrix acts among the other singular vectors.",
+        parameters="2 r + 2 (k - r) q per target, k = min(in, out), q = adapter.lora_rank",
+        deviations="Y starts at zero, so step 0 is bit-exact (the released code's start moves the function). Nothing is clamped: "
+        "adapter.clamp='official' clamps every entry of the core, as released, 'diag' the leading singular values. The "
+        "regulariser's weight is adapter.penalty, 0 by default.",
+    ),
+    "hydra": Method(
+        Recipe(adapter=Hydra(rank=4, alpha=4), init=OwnStart()),
+        "Hydra: Multi-head Low-rank Adaptation for Parameter Efficient Fine-tuning",
+        "arXiv 2309.06922",
+        "A low-rank head on the layer's input and one on its output, both merged into the weight.",
+        parameters="r (in + out) + 2 r_s out per target, r_s = r by default",
+        export="exact (rank r + r_s)",
+        deviations="the head on the output reads it without the frozen bias, so that the update is a matrix: what the bias would "
+        "add is a constant, which a bias trained beside (targets.train) can be. Heads have no biases, scale no training.",
     ),
     "lora-fa": Method(
         Recipe(adapter=LoRA(rank=8, alpha=16, train="B")),

@@ -81,7 +81,9 @@ def test_the_scale_stays_out_of_the_values() -> None:
 
 
 def test_full_rank_goes_by_target_and_is_overridden_by_patterns() -> None:
-    recipe = rankloom.methods.get("svf").with_({"targets.modules": ("q_proj", "k_proj"), "adapter.rank_pattern": {"k_proj": 2}})
+    recipe = rankloom.methods.get("svf").with_(
+        {"targets.modules": ("q_proj", "k_proj"), "adapter.rank_pattern": {"k_proj": 2}}
+    )
     ranks = {b.name.rpartition(".")[2]: b.adapter.rank for b in rankloom.adapt(zoo.build("llama"), recipe).bindings}
     assert ranks == {"q_proj": 16, "k_proj": 2}
     assert Recipe.from_text(recipe.to_yaml()) == recipe

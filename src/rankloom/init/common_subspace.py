@@ -36,7 +36,9 @@ class CommonSubspace(InitPart):
         return frozenset({"trained A"})
 
     def apply(self, context: InitContext) -> None:
-        others = [Reference(Path(path), "init.references to models of the base's architecture") for path in self.references]
+        others = [
+            Reference(Path(path), "init.references to models of the base's architecture") for path in self.references
+        ]
         for binding in context.bindings:
             adapter: LowRankAdapter = binding.adapter
             wide = torch.promote_types(binding.layer.dtype, torch.float32)
