@@ -211,7 +211,8 @@ def tiny(recipe: Recipe) -> Recipe:
     slots = {}
     for slot, part in recipe.parts().items():
         names = {f.name for f in dataclasses.fields(part)}
-        slots[slot] = dataclasses.replace(part, **{k: v for k, v in _SMALL.items() if k in names})
+        sizes = {k: v for k, v in _SMALL.items() if k in names and getattr(part, k) != "full"}
+        slots[slot] = dataclasses.replace(part, **sizes)
     return Recipe(**slots)
 
 

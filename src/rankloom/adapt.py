@@ -314,6 +314,9 @@ def adapt(model: nn.Module, recipe: Recipe, calibration: Calibration | None = No
     """
     begin = time.perf_counter()
     handle = Adaptation(model, recipe, seed)
+    if handle.bindings and (ranks := recipe.rank.ranks(handle.bindings)) is not None:
+        recipe = recipe.with_ranks(ranks)
+        handle = Adaptation(model, recipe, seed)
     init = recipe.init
     evidence = None
     if init.evidence in ("gradient", "activations") and handle.bindings:

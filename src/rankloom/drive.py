@@ -19,8 +19,8 @@ class Driver:
     """Sits on an optimizer's step hooks, so every loop that calls ``optimizer.step()`` drives the schedules.
 
     Before the update: extra losses add their gradients (once per step, however many micro-batches were accumulated), the
-    first step checks that every trainable tensor has a gradient, gradients are checked to be finite and clipped, then
-    ``after_backward``. After it: ``after_step`` and ``on_interval``. ``step`` counts finished steps.
+    first step checks that every trainable tensor has a gradient, ``before_clip``, gradients are checked to be finite and
+    clipped, then ``after_backward``. After it: ``after_step`` and ``on_interval``. ``step`` counts finished steps.
     """
 
     def __init__(
@@ -48,6 +48,8 @@ class Driver:
         if not self._checked:
             self._require_gradients()
         self._add_extra_losses()
+        for schedule in self.schedules:
+            schedule.before_clip(self.step)
         self._guard(optimizer)
         for schedule in self.schedules:
             schedule.after_backward(self.step)

@@ -35,6 +35,9 @@ class Schedule:
         """A scalar added to the task's loss once per optimizer step."""
         return None
 
+    def before_clip(self, step: int) -> None:
+        """Gradients are complete, neither checked nor clipped yet: what must not count in their norm is zeroed here."""
+
     def after_backward(self, step: int) -> None:
         """Gradients are complete and clipped; the optimizer has not moved yet."""
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rankloom.adapters import BAT, NOLA, Dense, DoRA, LoHa, LoKr, LoRA, MiSS, SaRA, SoKA, VeRA
+from rankloom.adapters import BAT, NOLA, SALT, Dense, DoRA, Hydra, LoHa, LoKr, LoRA, MiSS, SaRA, Selected, SoKA, VeRA
 from rankloom.errors import RecipeError, near_names
 from rankloom.init import (
     ActivationSVD,
+    CommonSubspace,
     CovarianceSVD,
     Gaussian,
     GradientBlocks,
@@ -19,12 +20,14 @@ from rankloom.init import (
     OwnStart,
     QuantizationResidual,
     UpdateSVD,
+    WeightLU,
     WeightQR,
     WeightSubspace,
     WeightSVD,
 )
+from rankloom.lifecycle import FreezeColumns
 from rankloom.optim import ALLoRA, LoRAPlus, LoRAPro, Projected, Riemannian
-from rankloom.rank import AdaLoRA
+from rankloom.rank import AdaLoRA, WeightSpectrum
 from rankloom.recipe import Recipe
 from rankloom.targets import Targets
 
@@ -230,6 +233,117 @@ TABLE: dict[str, Method] = {
         "Trains an r x r core between frozen singular vectors of the weight.",
         parameters="r^2 per target",
         deviations="exact or converged singular vectors, where the released code has a truncated randomised SVD.",
+    ),
+    "svfit": Method(
+        Recipe(
+            adapter=LoRA(rank=8, alpha=1, scaling="constant", core="diagonal", train="core"),
+            init=WeightSubspace(std=0.0, values=False),
+        ),
+        "SVFit: Parameter-Efficient Fine-Tuning of Large Pre-Trained Models Using Singular Values",
+        "arXiv 2409.05926",
+        "Trains the leading singular values of the weight between its frozen singular vectors.",
+        parameters="r per target",
+        deviations="no code was released. What trains is each value's shift, from zero, so step 0 is bit-exact and weight decay "
+        "cannot shrink the pretrained spectrum; init.values=True trains relative shifts instead.",
+    ),
+    "svf": Method(
+        Recipe(
+            adapter=LoRA(rank="full", alpha=1, scaling="constant", core="diagonal", train="core"),
+            init=WeightSubspace(std=0.0),
+        ),
+        "Transformer-Squared: Self-adaptive LLMs (singular value fine-tuning)",
+        "arXiv 2501.06252",
+        "Scales every singular value of the weight: W = U diag(S (1 + e)) V^T.",
+        parameters="min(in, out) per target",
+        deviations="trained by any loss, where the paper has REINFORCE with a KL term. The scaling starts at exactly one; the "
+        "released code's is a sigmoid of noise around 0.1, renormalised to the weight's nuclear norm. Set targets.modules to "
+        "the mlp layers for its choice of them.",
+    ),
+    "loldu": Method(
+        Recipe(adapter=LoRA(rank=8, alpha=8, core="diagonal", train="core"), init=WeightLU()),
+        "LoLDU: Low-Rank Adaptation via Lower-Diag-Upper Decomposition for Parameter-Efficient Fine-Tuning",
+        "arXiv 2410.13618",
+        "Trains a diagonal between the frozen triangular factors of the weight's pivoted LU decomposition.",
+        parameters="r per target",
+        deviations="what trains is z - z0, so the paper's many choices of z0 are one and the same and step 0 is bit-exact for "
+        "all; the released code subtracts the pivots whatever z0 is, and holds a dense permutation. Rows whose pivot is tiny "
+        "are not divided by it.",
+    ),
+    "cora": Method(
+        Recipe(adapter=LoRA(rank=8, alpha=8, train="A"), init=CommonSubspace()),
+        "CoRA: Optimizing Low-Rank Adaptation with Common Subspace of Large Language Models",
+        "arXiv 2409.02119",
+        "LoRA with B frozen at a basis of the output subspace that related models share; A starts at zero.",
+        parameters="r in per target",
+        deviations="partly reconstructed, as no code was released: the basis is the leading left singular vectors of the "
+        "models' weights side by side (init.references), or of the weight itself where none are given.",
+    ),
+    "cora-init": Method(
+        Recipe(adapter=LoRA(rank=8, alpha=8), init=CommonSubspace()),
+        "CoRA: Optimizing Low-Rank Adaptation with Common Subspace of Large Language Models (B trained)",
+        "arXiv 2409.02119",
+        "LoRA whose B starts at the common basis and trains; A starts at zero.",
+        deviations="as cora.",
+    ),
+    "sbora-fa": Method(
+        Recipe(adapter=Selected(rank=8, alpha=16, side="in"), init=OwnStart()),
+        "SBoRA: Low-Rank Adaptation with Regional Weight Updates",
+        "arXiv 2407.05413",
+        "LoRA with A frozen to r standard basis vectors: r columns of the weight learn.",
+        parameters="r out per target",
+        deviations="the features come from each target's own generator; adapter.select='norm' takes those of the largest columns "
+        "instead.",
+    ),
+    "sbora-fb": Method(
+        Recipe(adapter=Selected(rank=8, alpha=16, side="out"), init=OwnStart()),
+        "SBoRA: Low-Rank Adaptation with Regional Weight Updates (B frozen)",
+        "arXiv 2407.05413",
+        "LoRA with B frozen to r standard basis vectors: r rows of the weight learn.",
+        parameters="r in per target",
+        deviations="as sbora-fa.",
+    ),
+    "lamda": Method(
+        Recipe(adapter=LoRA(rank=8, alpha=16, core="square", train="B+core"), lifecycle=FreezeColumns(eta=0.3)),
+        "LaMDA: Large Model Fine-Tuning via Spectrally Decomposed Low-Dimensional Adaptation",
+        "arXiv 2406.12832",
+        "A frozen, an r x r core trained throughout, and a B whose columns are frozen one by one early in the run.",
+        parameters="r out + r^2 per target, falling to r^2",
+        deviations="the core starts at the identity and B at zero, where the released code has a random core; "
+        "init='weight-svd' is the paper's spectral start, subtracted. Columns are frozen to the bit and all of them by eta of "
+        "the run; the released code, a factor r short, freezes at most 3, and momentum still moves those.",
+    ),
+    "lamda++": Method(
+        Recipe(
+            adapter=LoRA(rank=8, alpha=16, core="square", train="B+core"),
+            rank=WeightSpectrum(spread=2.0),
+            lifecycle=FreezeColumns(eta=0.3),
+        ),
+        "LaMDA: Large Model Fine-Tuning via Spectrally Decomposed Low-Dimensional Adaptation (LaMDA++)",
+        "arXiv 2406.12832",
+        "LaMDA with higher ranks where the weight's spectrum is flat, under the same total.",
+        parameters="sum of r_l out + r_l^2, sum of r_l as in the recipe",
+        deviations="as lamda; the allocation was not released: every layer takes the components it needs for the same share of "
+        "its weight's energy, between half and twice the rank, and the total is met exactly.",
+    ),
+    "salt": Method(
+        Recipe(adapter=SALT(rank=8, lora_rank=4), init=OwnStart()),
+        "SALT: Singular Value Adaptation with Low-Rank Transformation",
+        "arXiv 2503.16055",
+        "Scales and shifts the leading singular values; a low-rank matrix acts among the other singular vectors.",
+        parameters="2 r + 2 (k - r) q per target, k = min(in, out), q = adapter.lora_rank",
+        deviations="Y starts at zero, so step 0 is bit-exact (the released code's start moves the function). Nothing is clamped: "
+        "adapter.clamp='official' clamps every entry of the core, as released, 'diag' the leading singular values. The "
+        "regulariser's weight is adapter.penalty, 0 by default.",
+    ),
+    "hydra": Method(
+        Recipe(adapter=Hydra(rank=4, alpha=4), init=OwnStart()),
+        "Hydra: Multi-head Low-rank Adaptation for Parameter Efficient Fine-tuning",
+        "arXiv 2309.06922",
+        "A low-rank head on the layer's input and one on its output, both merged into the weight.",
+        parameters="r (in + out) + 2 r_s out per target, r_s = r by default",
+        export="exact (rank r + r_s)",
+        deviations="the head on the output reads it without the frozen bias, so that the update is a matrix: what the bias would "
+        "add is a constant, which a bias trained beside (targets.train) can be. Heads have no biases, scale no training.",
     ),
     "lora-fa": Method(
         Recipe(adapter=LoRA(rank=8, alpha=16, train="B")),

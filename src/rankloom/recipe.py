@@ -12,6 +12,7 @@ from typing import Any, cast
 from torch import nn
 
 from rankloom.adapters import AdapterPart, LoRA
+from rankloom.adapters.lora import Rank
 from rankloom.base import AsLoaded, BasePart
 from rankloom.errors import CompositionError, RecipeError, near_names
 from rankloom.init import InitPart, Kaiming
@@ -87,9 +88,12 @@ class Recipe:
         if not hasattr(self.adapter, "rank_pattern"):
             raise CompositionError(f"adapter {self.adapter.kind!r} has no ranks to redistribute")
         settings: Any = self.adapter
-        pattern, alphas = {}, {}
+        pattern: dict[str, Rank] = {}
+        alphas = {}
         for name, rank in ranks.items():
-            if rank and rank != (before := settings.rank_of(name)):
+            if (before := settings.rank_of(name)) == "full":
+                raise CompositionError(f"adapter.rank='full' leaves no ranks to redistribute on {name}: give a number")
+            if rank and rank != before:
                 key = exact_pattern(name, ranks)
                 pattern[key] = rank
                 if hasattr(settings, "alpha_pattern"):

@@ -5,6 +5,7 @@ from rankloom.adapters.bat import BAT, BATAdapter
 from rankloom.adapters.dense import Dense, DenseAdapter
 from rankloom.adapters.dora import DoRA, DoRAAdapter
 from rankloom.adapters.factored import FactoredAdapter
+from rankloom.adapters.hydra import Hydra, HydraAdapter
 from rankloom.adapters.kronecker import KroneckerAdapter
 from rankloom.adapters.loha import LoHa, LoHaAdapter
 from rankloom.adapters.lokr import LoKr, LoKrAdapter
@@ -12,13 +13,16 @@ from rankloom.adapters.lora import LoRA, LowRankAdapter
 from rankloom.adapters.materialized import MaterializedAdapter
 from rankloom.adapters.miss import MiSS, MiSSAdapter
 from rankloom.adapters.nola import NOLA, NOLAAdapter
+from rankloom.adapters.salt import SALT, SALTAdapter
 from rankloom.adapters.sara import SaRA, SaRAAdapter
+from rankloom.adapters.selected import Selected, SelectedAdapter
 from rankloom.adapters.soka import SoKA, SoKAAdapter
 from rankloom.adapters.vera import VeRA, VeRAAdapter
 
 __all__ = [
     "BAT",
     "NOLA",
+    "SALT",
     "Adapter",
     "AdapterPart",
     "BATAdapter",
@@ -28,6 +32,8 @@ __all__ = [
     "DoRA",
     "DoRAAdapter",
     "FactoredAdapter",
+    "Hydra",
+    "HydraAdapter",
     "KroneckerAdapter",
     "LoHa",
     "LoHaAdapter",
@@ -39,8 +45,11 @@ __all__ = [
     "MiSS",
     "MiSSAdapter",
     "NOLAAdapter",
+    "SALTAdapter",
     "SaRA",
     "SaRAAdapter",
+    "Selected",
+    "SelectedAdapter",
     "SoKA",
     "SoKAAdapter",
     "Trainable",

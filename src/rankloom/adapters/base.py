@@ -46,6 +46,10 @@ class Adapter(nn.Module, ABC):
         """``(B, A)`` with ``delta = B A`` exactly, scale folded in; None where the update has no such form."""
         return None
 
+    def factors_on(self, base: Layer) -> tuple[Tensor, Tensor] | None:
+        """:meth:`factors`, for forms whose factors hold the weight as well."""
+        return self.factors()
+
     def reset(self, base: Layer, generator: torch.Generator) -> None:
         """Write the form's own start (init ``own``), drawing from ``generator``; for parts that offer ``own start``."""
         raise NotImplementedError

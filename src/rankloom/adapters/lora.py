@@ -16,10 +16,11 @@ from rankloom.errors import RecipeError, TargetError, near_names
 from rankloom.parts import part
 from rankloom.targets import Layer, LinearLayer, Target, matches
 
-__all__ = ["SCALINGS", "LoRA", "LowRankAdapter", "last_match"]
+__all__ = ["SCALINGS", "LoRA", "LowRankAdapter", "Rank", "last_match"]
 
 T = TypeVar("T")
-Scaling = Literal["standard", "rslora", "triplet"]
+Scaling = Literal["standard", "rslora", "triplet", "constant"]
+Rank = int | Literal["full"]
 Core = Literal["identity", "diagonal", "square"]
 Train = Literal["all", "A", "B", "core", "B+core"]
 
@@ -30,6 +31,7 @@ SCALINGS = {
     "rslora": lambda alpha, rank: alpha / rank**0.5,
     # AdaLoRA divides by the initial rank for the whole run, so pruning does not rescale survivors; 1e-5 as released.
     "triplet": lambda alpha, rank: alpha / (rank + 1e-5),
+    "constant": lambda alpha, rank: alpha,
 }
 
 
@@ -197,7 +199,8 @@ def _columns(b: Tensor, r: Tensor | None) -> Tensor:
 @part("adapter", "lora")
 @dataclass(frozen=True)
 class LoRA(AdapterPart):
-    """``y = x (W + s B A)^T + b`` with ``s = alpha / r`` (``standard``) or ``alpha / sqrt(r)`` (``rslora``).
+    """``y = x (W + s B A)^T + b`` with ``s = alpha / r`` (``standard``), ``alpha / sqrt(r)`` (``rslora``) or ``alpha``
+    (``constant``). ``rank="full"`` is ``min(out, in)`` of each target.
 
     ``core="diagonal"`` puts ``diag(E)`` between the factors, which makes components rankable (AdaLoRA); ``"square"`` puts
     ``R`` (r, r) there. ``train`` says what learns: ``"all"``, ``"B"`` (LoRA-FA: ``A`` is frozen, so no activation of width
@@ -218,7 +221,7 @@ class LoRA(AdapterPart):
         {"core": "square", "train": "B+core"},
     )
 
-    rank: int = 8
+    rank: Rank = 8
     alpha: float = 16.0
     scaling: Scaling = "standard"
     core: Core = "identity"
@@ -226,7 +229,7 @@ class LoRA(AdapterPart):
     dropout: float = 0.0
     dtype: Dtype = "auto"
     fold: bool = False
-    rank_pattern: dict[str, int] = field(default_factory=dict)
+    rank_pattern: dict[str, Rank] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -235,14 +238,15 @@ class LoRA(AdapterPart):
 
     @property
     def offers(self) -> frozenset[str]:
+        own = {"factors", *(f"trained {name}" for name in "AB" if name in TRAINED[self.train])}
         if self.train != "all":
-            return frozenset({"factors"})
+            return frozenset(own)
         # Preconditioners rest on delta = s B A: with a core between the factors they would need other formulas.
         more = {"identity": {"trained pairs"}, "diagonal": {"ranked components"}, "square": set[str]()}
-        return frozenset({"factors", *more[self.core]})
+        return frozenset(own | more[self.core])
 
     def check(self) -> None:
-        if min([self.rank, *self.rank_pattern.values()]) < 1:
+        if min([rank for rank in (self.rank, *self.rank_pattern.values()) if rank != "full"], default=1) < 1:
             raise RecipeError(f"adapter rank must be at least 1, got {self.rank} with rank_pattern {self.rank_pattern}")
         if not 0 <= self.dropout < 1:
             raise RecipeError(f"adapter dropout must be in [0, 1), got {self.dropout}")
@@ -251,17 +255,21 @@ class LoRA(AdapterPart):
         if self.train == "A" and self.core != "identity":
             raise RecipeError("adapter train='A' would freeze the core at its start: leave adapter.core at 'identity'")
 
-    def rank_of(self, target: str) -> int:
-        """The rank for a target name."""
+    def rank_of(self, target: str) -> Rank:
+        """The rank set for a target name."""
         return last_match(self.rank_pattern, target, self.rank)
+
+    def rank_on(self, target: Target) -> int:
+        """The rank on a target, as a number."""
+        return min(target.shape) if (rank := self.rank_of(target.name)) == "full" else rank
 
     def alpha_of(self, target: str) -> float:
         """Alpha for a target name."""
         return last_match(self.alpha_pattern, target, self.alpha)
 
-    def scale_of(self, target: str) -> float:
-        """``s`` for a target name."""
-        return SCALINGS[self.scaling](self.alpha_of(target), self.rank_of(target))
+    def scale_on(self, target: Target) -> float:
+        """``s`` on a target."""
+        return SCALINGS[self.scaling](self.alpha_of(target.name), self.rank_on(target))
 
     def check_on(self, targets: list[Target]) -> None:
         names = [target.name for target in targets]
@@ -271,7 +279,7 @@ class LoRA(AdapterPart):
                     f"adapter pattern {pattern!r} matches none of the targets{near_names(pattern, names)}"
                 )
         for target in targets:
-            rank, limit = self.rank_of(target.name), min(target.shape)
+            rank, limit = self.rank_on(target), min(target.shape)
             if rank > limit:
                 raise TargetError(
                     f"rank {rank} is above min(out, in) = {limit} of {target.name} {target.shape}: lower adapter.rank to "
@@ -289,8 +297,8 @@ class LoRA(AdapterPart):
     def _arguments(self, target: Target) -> dict[str, Any]:
         dtype = adapter_dtype(self.dtype, target.layer)
         return {
-            "rank": self.rank_of(target.name),
-            "scale": self.scale_of(target.name),
+            "rank": self.rank_on(target),
+            "scale": self.scale_on(target),
             "core": self.core,
             "train": self.train,
             "dropout": self.dropout,

@@ -103,7 +103,7 @@ def _factors_of(binding: Binding, cut: Cut) -> Factors:
     if isinstance(adapter, LowRankAdapter) and not isinstance(adapter, DoRAAdapter):
         a, b = compact(adapter)
         b = adapter.scale * b.double()
-    elif (factors := adapter.factors()) is not None:
+    elif (factors := adapter.factors_on(binding.layer)) is not None:
         b, a = (f.detach() for f in factors)
     else:
         return _approximated(binding, wide_delta(binding), cut, stored)

@@ -2,6 +2,7 @@
 
 from rankloom.init.activation_svd import ActivationSVD
 from rankloom.init.base import InitContext, InitPart
+from rankloom.init.common_subspace import CommonSubspace
 from rankloom.init.covariance_svd import CovarianceSVD
 from rankloom.init.gradient_blocks import GradientBlocks
 from rankloom.init.kronecker_svd import KroneckerSVD
@@ -10,11 +11,13 @@ from rankloom.init.own import OwnStart
 from rankloom.init.quantization_residual import QuantizationResidual
 from rankloom.init.random import Gaussian, Kaiming
 from rankloom.init.update_svd import UpdateSVD
+from rankloom.init.weight_lu import WeightLU
 from rankloom.init.weight_qr import WeightQR
 from rankloom.init.weight_svd import WeightSubspace, WeightSVD
 
 __all__ = [
     "ActivationSVD",
+    "CommonSubspace",
     "CovarianceSVD",
     "Gaussian",
     "GradientBlocks",
@@ -26,6 +29,7 @@ __all__ = [
     "OwnStart",
     "QuantizationResidual",
     "UpdateSVD",
+    "WeightLU",
     "WeightQR",
     "WeightSVD",
     "WeightSubspace",

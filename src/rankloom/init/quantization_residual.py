@@ -7,51 +7,17 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rankloom.adapters import Binding, LowRankAdapter
-from rankloom.errors import ArtifactError, CompositionError, near_names
+from rankloom.adapters import LowRankAdapter
+from rankloom.errors import CompositionError
 from rankloom.init.base import InitContext, InitPart
+from rankloom.init.reference import Reference
 from rankloom.linalg import leading_svd
 from rankloom.parts import part
 from rankloom.targets import Layer
 
 __all__ = ["QuantizationResidual"]
-
-
-class _Reference:
-    """Weights by name from a safetensors file, or from all those in a folder."""
-
-    def __init__(self, path: Path) -> None:
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-        self.files: dict[str, Path] = {}
-        try:
-            for file in files:
-                with safe_open(file, "pt") as tensors:
-                    self.files.update(dict.fromkeys(tensors.keys(), file))
-        except (OSError, SafetensorError) as error:
-            raise ArtifactError(f"cannot read the reference weights in {file}: {error}") from None
-        if not self.files:
-            raise ArtifactError(f"{path} has no safetensors: set init.reference to the model before it was quantised")
-        self.path = path
-
-    def matrix(self, binding: Binding) -> Tensor:
-        """The target's weight (out, in); a file of the bare body has names without the head model's prefix."""
-        wanted = f"{binding.target.module_name}.weight"
-        found = [name for name in self.files if wanted == name or wanted.endswith(f".{name}")]
-        if not found:
-            raise ArtifactError(f"{self.path} has no {wanted}{near_names(wanted, self.files, 2)}")
-        name, layer = max(found, key=len), binding.layer
-        with safe_open(self.files[name], "pt") as tensors:
-            stored = tensors.get_tensor(name)
-        if tuple(stored.shape) != tuple(layer.stored.shape):
-            raise ArtifactError(
-                f"{name} in {self.path} has shape {tuple(stored.shape)}, the model {tuple(layer.stored.shape)}: set "
-                f"init.reference to the same model before it was quantised"
-            )
-        matrix = layer.to_matrix(stored.to(layer.device))
-        return matrix if layer.rows is None else matrix[slice(*layer.rows)]
 
 
 def residual(layer: Layer, reference: Tensor) -> Tensor:
@@ -92,7 +58,7 @@ class QuantizationResidual(InitPart):
                 "init 'quantization-residual' compares with the weights before quantisation: set init.reference to their "
                 "safetensors file or folder, or use init='kaiming'"
             )
-        reference, left = _Reference(Path(self.reference)), {}
+        reference, left = Reference(Path(self.reference), "init.reference to the model before it was quantised"), {}
         for binding in context.bindings:
             adapter: LowRankAdapter = binding.adapter
             lost = residual(binding.layer, reference.matrix(binding))

@@ -1,4 +1,4 @@
-"""Starts from the singular value decomposition of the weight: PiSSA, MiLoRA, and LoRA-XS's subspaces."""
+"""Starts from the singular value decomposition of the weight: PiSSA, MiLoRA, and the subspaces of LoRA-XS, SVFit and SVF."""
 
 from __future__ import annotations
 
@@ -66,9 +66,13 @@ class WeightSubspace(InitPart):
 
     The core is ``N(0, std^2)``; where ``B`` is trained, or ``A`` alone, that factor is (and a core starts at one). Nothing is
     subtracted: at ``std > 0`` the function moves by that little, as published.
+
+    Between these factors a diagonal core moves singular values (SVFit, 2409.05926; SVF, 2501.06252), relatively:
+    ``S_i (1 + e_i)``. With ``values=False`` the values stay out of ``A = Q_r^T`` and it moves them absolutely: ``S_i + e_i``.
     """
 
     std: float = 1e-5
+    values: bool = True
 
     evidence: ClassVar[Literal["none", "weight", "gradient", "activations"]] = "weight"
 
@@ -90,6 +94,6 @@ class WeightSubspace(InitPart):
             weight = binding.layer.weight().to(torch.promote_types(binding.layer.dtype, torch.float32))
             generator = context.generator(binding)
             p, s, q, _ = leading_svd(weight, adapter.rank, generator=generator)
-            adapter.start(p, torch.zeros_like(s), s[:, None] * q.mT)
+            adapter.start(p, torch.zeros_like(s), s[:, None] * q.mT if self.values else q.mT)
             small = next(getattr(adapter, name) for name in "BERA" if name in adapter.trained())
             small += self.std * torch.randn(small.shape, generator=generator, dtype=small.dtype).to(small.device)

@@ -1,6 +1,7 @@
 """What happens between the phases of a run."""
 
 from rankloom.lifecycle.base import LifecyclePart
+from rankloom.lifecycle.freeze_columns import FreezeColumns
 from rankloom.lifecycle.once import Once
 
-__all__ = ["LifecyclePart", "Once"]
+__all__ = ["FreezeColumns", "LifecyclePart", "Once"]

@@ -1,16 +1,41 @@
-"""Pure tensor functions: orthonormal bases, truncated and randomised SVD, subspace angles, polar factors, small Gram matrices.
 """Pure tensor functions: orthonormal bases, truncated and randomised SVD, Kronecker sums, subspace angles, small Gram matrices.
 
 No modules, no state.
 """
 
 from rankloom.linalg.angles import principal_angles
+from rankloom.linalg.kronecker import (
+    balanced_sides,
+    divisors,
+    elbow,
+    energy_rank,
+    kronecker_sum,
+    kronecker_svd,
+    rearranged,
+)
 from rankloom.linalg.polar import polar_factor
 from rankloom.linalg.spd import damped, spd_inverse, spd_sylvester
-from rankloom.linalg.svd import best_rank, divisors, elbow, energy_rank, fix_signs, from rankloom.linalg.kronecker import (     balanced_sides, kronecker_sum, kronecker_svd, leading_svd, orthonormal, randomized_svd, rearranged, truncated_svd, two_sided_svd
-from rankloom.linalg.tensor_ring import chain, mode_sizes, ring_change, ring_change_cost, ring_identity_penalty, ring_orthogonality_penalty, ring_times
+from rankloom.linalg.svd import (
+    best_rank,
+    fix_signs,
+    leading_svd,
+    orthonormal,
+    randomized_svd,
+    truncated_svd,
+    two_sided_svd,
+)
+from rankloom.linalg.tensor_ring import (
+    chain,
+    mode_sizes,
+    ring_change,
+    ring_change_cost,
+    ring_identity_penalty,
+    ring_orthogonality_penalty,
+    ring_times,
+)
 
 __all__ = [
+    "balanced_sides",
     "best_rank",
     "chain",
     "damped",
@@ -18,7 +43,6 @@ __all__ = [
     "elbow",
     "energy_rank",
     "fix_signs",
-    "from rankloom.linalg.kronecker import (     balanced_sides",
     "kronecker_sum",
     "kronecker_svd",
     "leading_svd",
