@@ -1,6 +1,7 @@
 """The parameterisations: how ``delta`` is made of trainable tensors."""
 
 from rankloom.adapters.base import Adapter, AdapterPart, Binding, Trainable
+from rankloom.adapters.chain import ChainAdapter
 from rankloom.adapters.dense import Dense, DenseAdapter
 from rankloom.adapters.dora import DoRA, DoRAAdapter
 from rankloom.adapters.factored import FactoredAdapter
@@ -10,6 +11,7 @@ __all__ = [
     "Adapter",
     "AdapterPart",
     "Binding",
+    "ChainAdapter",
     "Dense",
     "DenseAdapter",
     "DoRA",

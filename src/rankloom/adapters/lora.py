@@ -82,8 +82,12 @@ class LowRankAdapter(FactoredAdapter):
             self.register_buffer("mask", torch.ones(rank, dtype=torch.bool, device=layer.device))
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The trained tensors among ``A``, ``B``, ``E``, ``R``."""
-        return {name: p for name, p in self._parameters.items() if name in LowRankAdapter.roles and p is not None}
+        """The trained tensors among ``A``, ``B``, ``E``, ``R``, without what a lifecycle has frozen for now."""
+        return {
+            name: p
+            for name, p in self._parameters.items()
+            if name in LowRankAdapter.roles and p is not None and p.requires_grad
+        }
 
     @property
     def core(self) -> Tensor | None:
@@ -236,10 +240,10 @@ class LoRA(AdapterPart):
     @property
     def offers(self) -> frozenset[str]:
         if self.train != "all":
-            return frozenset({"factors"})
+            return frozenset({"factors", "links"})
         # Preconditioners rest on delta = s B A: with a core between the factors they would need other formulas.
         more = {"identity": {"trained pairs"}, "diagonal": {"ranked components"}, "square": set[str]()}
-        return frozenset({"factors", *more[self.core]})
+        return frozenset({"factors", "links", *more[self.core]})
 
     def check(self) -> None:
         if min([self.rank, *self.rank_pattern.values()]) < 1:

@@ -2,5 +2,6 @@
 
 from rankloom.lifecycle.base import LifecyclePart
 from rankloom.lifecycle.once import Once
+from rankloom.lifecycle.restart import MergeAndRestart
 
-__all__ = ["LifecyclePart", "Once"]
+__all__ = ["LifecyclePart", "MergeAndRestart", "Once"]
