@@ -47,6 +47,7 @@ class Adaptation:
         self.bindings = [Binding(*pair) for pair in zip(targets, recipe.adapter.build_all(targets), strict=True)]
         for binding in self.bindings if recipe.init.offset else ():
             binding.adapter.subtract_start()
+        recipe.lifecycle.prepare(self.bindings, seed)
         self._whole = whole_parameters(model, recipe.targets, self.targets)
         self._flags = {p: p.requires_grad for p in model.parameters()}
         self._trained: dict[str, nn.Parameter] = {}
@@ -159,7 +160,7 @@ class Adaptation:
         built = (
             self.recipe.adapter.schedule(self.bindings, total_steps),
             self.recipe.rank.build(self.bindings, total_steps),
-            self.recipe.lifecycle.build(self.bindings, total_steps),
+            self.recipe.lifecycle.build(self.bindings, total_steps, self.recipe.init),
         )
         schedules = [schedule for schedule in built if schedule is not None]
         if (close := getattr(self._optimizer, "close", None)) is not None:

@@ -62,7 +62,7 @@ class Driver:
                 schedule.on_interval(self.step)
 
     def _require_gradients(self) -> None:
-        missing = [t.name for t in self.trainables if t.parameter.grad is None]
+        missing = [t.name for t in self.trainables if t.parameter.requires_grad and t.parameter.grad is None]
         if missing:
             names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             raise GradientError(

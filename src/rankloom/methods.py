@@ -25,7 +25,7 @@ from rankloom.init import (
     WeightSubspace,
     WeightSVD,
 )
-from rankloom.lifecycle import FreezeColumns
+from rankloom.lifecycle import FreezeColumns, MergeAndRestart
 from rankloom.optim import ALLoRA, LoRAPlus, LoRAPro, Projected, Riemannian
 from rankloom.rank import AdaLoRA, WeightSpectrum
 from rankloom.recipe import Recipe
@@ -52,6 +52,9 @@ EVERYTHING_ELSE = Targets(train=("*",))  # adapt all linears, train the rest who
 BEST_RANK = "best rank-k approximation with its measured error; merged weights exactly"
 
 OFFSET = "the stored weight is never edited: the adapter carries its start and subtracts it, so step 0 is bit-exact."
+
+CHAINED = "exact while links times rank stays below the weight's, else the best approximation; merged weights exactly"
+SUMMED = "the stored weight is never edited: the sum of links is kept in float32 beside it and saved with the adapter."
 
 TABLE: dict[str, Method] = {
     "lora": Method(
@@ -431,6 +434,43 @@ TABLE: dict[str, Method] = {
         parameters="in * out per target, and all other parameters",
         export=BEST_RANK,
         deviations="torch's AdamW (bias-corrected eps, decay before the update) instead of the released code's older one.",
+    ),
+    "relora": Method(
+        Recipe(
+            targets=EVERYTHING_ELSE,
+            adapter=LoRA(rank=128, alpha=32),
+            lifecycle=MergeAndRestart(every=1000, moments="magnitude", prune=0.9),
+        ),
+        "ReLoRA: High-Rank Training Through Low-Rank Updates",
+        "arXiv 2307.05695",
+        "LoRA merged and started again every 1000 steps, Adam's moments pruned, so that the sum of updates has high rank.",
+        parameters="r (in + out) per target, and all other parameters",
+        export=CHAINED,
+        deviations=SUMMED
+        + " The paper's first, full-rank phase is a run of its own (method full). A is random from the "
+        "start, where the released code begins with both factors at zero; restarts rewarm over a tenth of a link. Both "
+        "moments are pruned under one mask: with the released code's two, a first moment may lose its second, and the loss of "
+        "tiny models jumps to several times what it was.",
+    ),
+    "cola": Method(
+        Recipe(adapter=LoRA(rank=8, alpha=16), init=Gaussian(), lifecycle=MergeAndRestart(every=500)),
+        "Chain of LoRA: Efficient Fine-tuning of Language Models via Residual Learning",
+        "arXiv 2401.04151",
+        "A chain of LoRAs: each is merged, and the next one learns the residual with a fresh optimizer state.",
+        export=CHAINED,
+        deviations=SUMMED + " Links are of equal length in optimizer steps (lifecycle.every).",
+    ),
+    "rac-lora": Method(
+        Recipe(adapter=LoRA(rank=8, alpha=16, train="B"), lifecycle=MergeAndRestart(every=500)),
+        "Randomized Asymmetric Chain of LoRA: The First Meaningful Theoretical Framework for Low-Rank Adaptation",
+        "arXiv 2410.08305",
+        "A chain of links with one random, frozen factor each, which converges to what full fine-tuning finds.",
+        parameters="r out per target",
+        export=CHAINED,
+        deviations=SUMMED
+        + " A is the frozen side; with_(adapter={'train': 'A'}) freezes B, and adapter.train='all' with "
+        "lifecycle.sketch='random' draws the side for each link. The theory's projected step is the trained factor's gradient "
+        "over the frozen one's Gram matrix; AdamW, as in the paper's experiments, is none.",
     ),
     "full": Method(
         Recipe(targets=EVERYTHING_ELSE, adapter=Dense(), init=OwnStart()),

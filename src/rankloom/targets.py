@@ -22,6 +22,7 @@ from rankloom.parts import Part, part
 from rankloom.quantized import dense, frozen_linear, is_quantized
 
 __all__ = [
+    "ExpertLayer",
     "Layer",
     "Target",
     "Targets",
@@ -48,6 +49,7 @@ class Layer:
         if rows is not None:
             self.out_features = rows[1] - rows[0]
         self._output: Tensor | None = None
+        self._matrix: Tensor | None = None
 
     def _shape(self) -> tuple[int, int]:
         return cast(tuple[int, int], tuple(self.stored.shape))
@@ -58,9 +60,19 @@ class Layer:
         return cast(Tensor, self.module.weight)
 
     @property
+    def parameter(self) -> Tensor:
+        """The module's parameter that the weight is, or is a part of."""
+        return self.stored
+
+    @property
     def plain(self) -> bool:
         """Whether the weight is an ordinary floating tensor that kernels may multiply with directly."""
-        return not is_quantized(self.stored)
+        return self.replaced or not is_quantized(self.stored)
+
+    @property
+    def replaced(self) -> bool:
+        """Whether this is the layer with another weight (:meth:`with_weight`) than the one its module stores."""
+        return self._matrix is not None
 
     @property
     def ordinary(self) -> bool:
@@ -93,6 +105,8 @@ class Layer:
         Raises:
             TargetError: a storage that can be neither dequantised nor multiplied with.
         """
+        if self._matrix is not None:
+            return self._matrix
         matrix = self.to_matrix(dense(self.stored))
         return matrix if self.rows is None else matrix[slice(*self.rows)]
 
@@ -105,6 +119,8 @@ class Layer:
         """The frozen layer's own output."""
         if self._output is not None:
             return self._output
+        if self._matrix is not None:
+            return self.apply(x, self._matrix)
         if self.rows is None:
             return self._run(x)
         if self.plain:
@@ -120,6 +136,12 @@ class Layer:
         """The same layer with its output for the current input known already: slices of one projection share one product."""
         twin = copy.copy(self)
         twin._output = y
+        return twin
+
+    def with_weight(self, matrix: Tensor) -> Layer:
+        """The same layer with a frozen ``matrix`` (out, in) in place of its weight, whatever the module stores."""
+        twin = copy.copy(self)
+        twin._matrix, twin._output = matrix, None
         return twin
 
     def apply(self, x: Tensor, matrix: Tensor) -> Tensor:
@@ -242,6 +264,47 @@ class Conv2dLayer(Layer):
         return y.movedim(1, -1).reshape(-1, y.shape[1])
 
 
+class ExpertLayer(Layer):
+    """One expert of a mixture: a matrix of the 3-D parameter ``key`` that its module holds for all of them, as transformers'
+    experts do: (experts, out, in), or (experts, in, out) where the module says ``is_transposed``."""
+
+    def __init__(self, module: nn.Module, key: str, index: int) -> None:
+        self.key, self.index, self.transposed = key, index, bool(module.is_transposed)
+        super().__init__(module)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        # Past the attribute, which is the adapted stack while the module runs.
+        return cast(nn.Parameter, self.module._parameters[self.key])
+
+    @property
+    def stored(self) -> Tensor:
+        return self.parameter[self.index]
+
+    def _shape(self) -> tuple[int, int]:
+        return cast(tuple[int, int], tuple(self.to_matrix(self.stored).shape))
+
+    def to_matrix(self, stored: Tensor) -> Tensor:
+        return stored.mT if self.transposed else stored
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        return matrix.mT if self.transposed else matrix
+
+    def bias(self) -> None:
+        """None: it is the module that adds biases, after all experts' products."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.apply(x, self.weight())
+
+
+def stacks_of(module: nn.Module) -> list[str]:
+    """The 3-D weights of a module that follows transformers' interface of experts."""
+    count = getattr(module, "num_experts", None)
+    if not hasattr(module, "is_transposed") or count is None:
+        return []
+    return [key for key, p in module._parameters.items() if p is not None and p.ndim == 3 and len(p) == count]
+
+
 def layer_of(module: nn.Module, rows: tuple[int, int] | None = None) -> Layer | None:
     """The view of a module, or None where it stores no weight we know how to adapt."""
     if isinstance(module, nn.Linear):
@@ -278,8 +341,11 @@ class Targets(Part):
     ``modules``: ``"all-linear"`` (every linear except the output head and modules trained whole), or patterns. A pattern
     is a full path, a trailing part of one (``q_proj``), a glob (``*.layers.0.*``) or ``re:`` and a regular expression that
     matches the full path. A trailing ``[q]``, ``[0:576]`` or ``[0/3]`` adapts those output rows of a fused projection.
-    ``exclude``: patterns taken out again. ``train``: patterns of modules or parameters trained whole and saved with the
-    adapter (heads, norms; ``*`` for everything not adapted). Every pattern has to match something.
+    Experts that a mixture stores as one 3-D parameter are found by that parameter's name (``re:.*experts.gate_up_proj``,
+    ``down_proj[3]`` for one expert), each expert a weight of its own; ``"all-linear"`` leaves them out, because adapting them
+    forms ``W + delta`` of all experts in every step. ``exclude``: patterns taken out again. ``train``: patterns of modules or
+    parameters trained whole and saved with the adapter (heads, norms; ``*`` for everything not adapted). Every pattern has to
+    match something.
     ``ties``: what to do when an adapted weight is shared with a module that is not adapted: ``error``, or ``untie``
     (adapt this use only; merging separates the two weights).
     """
@@ -372,7 +438,11 @@ def find_targets(model: nn.Module, settings: Targets) -> list[Target]:
         TargetError: a pattern that matches nothing (with near names), a module that cannot be adapted, overlapping
             slices, a tied weight without a declared policy, or nothing left to adapt.
     """
-    layers = {name: layer for name, module in model.named_modules() if (layer := layer_of(module)) is not None}
+    layers: dict[str, Layer] = {}
+    for name, module in model.named_modules():
+        if (layer := layer_of(module)) is not None:
+            layers[name] = layer
+        layers.update({f"{name}.{key}".lstrip("."): ExpertLayer(module, key, 0) for key in stacks_of(module)})
     chosen = _chosen_slices(model, settings, layers)
     for pattern in settings.exclude:
         for name in _select(pattern, list(layers), "exclude"):
@@ -394,7 +464,7 @@ def _chosen_slices(model: nn.Module, settings: Targets, layers: dict[str, Layer]
         }
     patterns = (settings.modules,) if isinstance(settings.modules, str) else settings.modules
     chosen: dict[str, list[str | None]] = {}
-    known = list(dict(model.named_modules()))[1:]
+    known = list(dict.fromkeys([*dict(model.named_modules()), *layers]))[1:]
     for pattern in patterns:
         sliced = None if pattern.startswith("re:") else _SLICE.match(pattern)
         found = _select(sliced["path"] if sliced else pattern, known, "target")
@@ -414,6 +484,9 @@ def _trained_modules(model: nn.Module, patterns: tuple[str, ...]) -> set[str]:
 
 def _targets_of(name: str, whole: Layer, slices: list[str | None], model: nn.Module) -> Iterator[Target]:
     specs = [spec for spec in slices if spec is not None]
+    if isinstance(whole, ExpertLayer):
+        yield from _experts(name, whole, specs if len(specs) == len(slices) else [])
+        return
     if not specs:
         yield Target(name, whole, name)
         return
@@ -429,11 +502,25 @@ def _targets_of(name: str, whole: Layer, slices: list[str | None], model: nn.Mod
         yield Target(f"{name}[{start}:{stop}]", type(whole)(whole.module, (start, stop)), name)
 
 
+def _experts(name: str, one: ExpertLayer, specs: list[str]) -> Iterator[Target]:
+    """The experts of a stack asked for by number, or all of them."""
+    count = len(one.parameter)
+    if is_quantized(one.parameter):
+        raise TargetError(
+            f"{name} is stored quantised, and stacks of experts are adapted in floating dtypes only: exclude it"
+        )
+    for spec in specs:
+        if not spec.isdecimal() or int(spec) >= count:
+            raise TargetError(f"cannot read [{spec}] of {name}: give the number of an expert, 0 to {count - 1}")
+    for index in sorted({int(spec) for spec in specs}) or range(count):
+        yield Target(f"{name}[{index}]", ExpertLayer(one.module, one.key, index), name)
+
+
 def _resolve_ties(model: nn.Module, targets: list[Target], settings: Targets) -> None:
     ties = tied_weights(model)
     for target in targets:
-        own = f"{target.module_name}.weight"
-        target.tied_to = tuple(name for name in ties.get(id(target.layer.stored), []) if name != own)
+        own = (target.module_name, f"{target.module_name}.weight")
+        target.tied_to = tuple(name for name in ties.get(id(target.layer.parameter), []) if name not in own)
         if target.tied_to and settings.ties == "error":
             others = ", ".join(name.removesuffix(".weight") for name in target.tied_to)
             raise TargetError(
@@ -448,7 +535,7 @@ def whole_parameters(model: nn.Module, settings: Targets, targets: list[Target])
     Raises:
         TargetError: a pattern that matches no parameter and no module with parameters, or a quantised weight.
     """
-    adapted = {id(target.layer.stored) for target in targets}
+    adapted = {id(target.layer.parameter) for target in targets}
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     everything = dict(model.named_parameters(remove_duplicate=False))  # a tied head is found by its own name too
     found: dict[str, nn.Parameter] = {}

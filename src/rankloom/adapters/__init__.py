@@ -2,6 +2,7 @@
 
 from rankloom.adapters.base import Adapter, AdapterPart, Binding, Trainable
 from rankloom.adapters.bat import BAT, BATAdapter
+from rankloom.adapters.chain import ChainAdapter
 from rankloom.adapters.dense import Dense, DenseAdapter
 from rankloom.adapters.dora import DoRA, DoRAAdapter
 from rankloom.adapters.factored import FactoredAdapter
@@ -27,6 +28,7 @@ __all__ = [
     "AdapterPart",
     "BATAdapter",
     "Binding",
+    "ChainAdapter",
     "Dense",
     "DenseAdapter",
     "DoRA",

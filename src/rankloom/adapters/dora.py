@@ -98,7 +98,8 @@ class DoRA(LoRA):
 
     @property
     def offers(self) -> frozenset[str]:
-        return super().offers | {"magnitude"}
+        # No links: a magnitude belongs to one W, and a chain gives every link another.
+        return super().offers - {"links"} | {"magnitude"}
 
     def build(self, target: Target) -> DoRAAdapter:
         return DoRAAdapter(target.layer, **self._arguments(target))

@@ -70,9 +70,9 @@ def frozen_operands(x: Tensor, base: Layer) -> tuple[Tensor, Tensor | None] | No
     None for every other layer."""
     if not (isinstance(base, LinearLayer) and base.ordinary):
         return None
-    weight, bias = base.stored, base.bias()
-    if weight.dtype != x.dtype or weight.requires_grad or torch.is_autocast_enabled(x.device.type):
+    weight, bias = base.weight(), base.bias()
+    if weight.dtype != x.dtype or base.stored.requires_grad or torch.is_autocast_enabled(x.device.type):
         return None
     if bias is not None and bias.requires_grad:  # a bias trained beside the adapter needs its own gradient
         return None
-    return weight if base.rows is None else weight[slice(*base.rows)], bias
+    return weight, bias

@@ -84,8 +84,12 @@ class LowRankAdapter(FactoredAdapter):
             self.register_buffer("mask", torch.ones(rank, dtype=torch.bool, device=layer.device))
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The trained tensors among ``A``, ``B``, ``E``, ``R``."""
-        return {name: p for name, p in self._parameters.items() if name in LowRankAdapter.roles and p is not None}
+        """The trained tensors among ``A``, ``B``, ``E``, ``R``, without what a lifecycle has frozen for now."""
+        return {
+            name: p
+            for name, p in self._parameters.items()
+            if name in LowRankAdapter.roles and p is not None and p.requires_grad
+        }
 
     @property
     def core(self) -> Tensor | None:
@@ -238,7 +242,7 @@ class LoRA(AdapterPart):
 
     @property
     def offers(self) -> frozenset[str]:
-        own = {"factors", *(f"trained {name}" for name in "AB" if name in TRAINED[self.train])}
+        own = {"factors", "links", *(f"trained {name}" for name in "AB" if name in TRAINED[self.train])}
         if self.train != "all":
             return frozenset(own)
         # Preconditioners rest on delta = s B A: with a core between the factors they would need other formulas.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rankloom.adapters import Binding, DoRAAdapter, LowRankAdapter
+from rankloom.adapters import Binding, ChainAdapter, DoRAAdapter, LowRankAdapter
 from rankloom.artifacts.merge import wide_delta
 from rankloom.linalg import randomized_svd
 from rankloom.targets import Layer
@@ -100,7 +100,7 @@ def factorised(name: str, group: list[Binding], cut: Cut) -> Factors:
 def _factors_of(binding: Binding, cut: Cut) -> Factors:
     adapter = binding.adapter
     stored = torch.promote_types(next(adapter.parameters()).dtype, torch.float32)
-    if isinstance(adapter, LowRankAdapter) and not isinstance(adapter, DoRAAdapter):
+    if isinstance(adapter, LowRankAdapter) and not isinstance(adapter, DoRAAdapter | ChainAdapter):
         a, b = compact(adapter)
         b = adapter.scale * b.double()
     elif (factors := adapter.factors_on(binding.layer)) is not None:

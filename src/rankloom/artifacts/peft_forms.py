@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rankloom.adapters import Binding, DoRAAdapter, LowRankAdapter
+from rankloom.adapters import Binding, ChainAdapter, DoRAAdapter, LowRankAdapter
 from rankloom.artifacts.handle import Handle, by_module
 from rankloom.artifacts.lowrank import Cut, Factors, compact, factorised, padded, product_norm
 from rankloom.artifacts.peft_format import PREFIX, pattern_keys
@@ -43,7 +43,7 @@ def native_kind(bindings: list[Binding]) -> Kind:
     if all(isinstance(a, DoRAAdapter) for a in adapters):
         # PEFT normalises an embedding's rows, one per token, instead of its output features.
         return "plain" if any(isinstance(b.layer, EmbeddingLayer) for b in bindings) else "dora"
-    if not all(isinstance(a, LowRankAdapter) and not isinstance(a, DoRAAdapter) for a in adapters):
+    if not all(isinstance(a, LowRankAdapter) and not isinstance(a, DoRAAdapter | ChainAdapter) for a in adapters):
         return "plain"
     if all(a.E is not None and not a.offset for a in adapters) and linear and not any(b.layer.rows for b in bindings):
         return "adalora"

@@ -36,11 +36,13 @@ class InitPart(Part):
     """Settings and algorithm of a start.
 
     ``evidence`` names what it looks at. ``offset``: the start is subtracted again, ``delta = s (B A - B0 A0)``, so that the
-    pretrained function stays while the factors do not start at zero.
+    pretrained function stays while the factors do not start at zero. ``repeatable``: :meth:`apply` needs no evidence, moves
+    nothing and may be called again on trained adapters, for chains of merged and restarted links.
     """
 
     evidence: ClassVar[Literal["none", "weight", "gradient", "activations"]] = "none"
     offset: ClassVar[bool] = False
+    repeatable: ClassVar[bool] = False
 
     @property
     def moves_output(self) -> bool:
@@ -50,7 +52,8 @@ class InitPart(Part):
     @property
     def offers(self) -> frozenset[str]:
         # What an offset subtracts stays subtracted when a schedule zeroes a component: pruning would cut into W itself.
-        return frozenset({"a start with an offset" if self.offset else "a start without offset"})
+        start = "a start with an offset" if self.offset else "a start without offset"
+        return frozenset({start, "a repeatable start"} if self.repeatable else {start})
 
     def gather(self, model: nn.Module, bindings: list[Binding], calibration: Calibration, seed: int) -> Any:
         """Collect the evidence; the model carries no adapters yet. Called only where ``evidence`` needs data."""

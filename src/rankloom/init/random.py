@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +50,8 @@ class Kaiming(InitPart):
     and the factor that starts at zero is again the one on the output side.
     """
 
+    repeatable: ClassVar[bool] = True
+
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"factors"})
@@ -64,6 +67,8 @@ class Kaiming(InitPart):
 class Gaussian(InitPart):
     """``A, B ~ N(0, std^2)`` with the core at zero (AdaLoRA, 2303.10512); without a core ``B = 0``, or ``A = 0`` if
     ``B`` is frozen."""
+
+    repeatable: ClassVar[bool] = True
 
     std: float = 0.02
 

@@ -16,5 +16,9 @@ __all__ = ["Fixed"]
 class Fixed(RankPart):
     """Every adapter keeps the rank it was built with."""
 
+    @property
+    def offers(self) -> frozenset[str]:
+        return frozenset({"fixed ranks"})
+
     def build(self, bindings: list[Binding], total_steps: int | None) -> None:
         return None
