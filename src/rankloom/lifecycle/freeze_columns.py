@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from rankloom.adapters import Binding
 from rankloom.errors import RecipeError
 from rankloom.events import Schedule
+from rankloom.init import InitPart
 from rankloom.lifecycle.base import LifecyclePart
 from rankloom.parts import part
 
@@ -92,7 +93,7 @@ class FreezeColumns(LifecyclePart):
         if not 0 < self.eta <= 1:
             raise RecipeError(f"lifecycle eta is a share of the run in (0, 1], got {self.eta}")
 
-    def build(self, bindings: list[Binding], total_steps: int | None) -> FreezeColumnsSchedule:
+    def build(self, bindings: list[Binding], total_steps: int | None, init: InitPart) -> FreezeColumnsSchedule:
         if total_steps is None:
             raise RecipeError("columns are frozen over the whole run: pass its length, optimizer(lr, total_steps=...)")
         return FreezeColumnsSchedule(bindings, self.eta * total_steps)
