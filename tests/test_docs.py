@@ -73,7 +73,7 @@ def test_named_programs_exist(page: Path) -> None:
         assert (ROOT / words[0]).is_file()
 
 
-@pytest.mark.parametrize("name", ["quickstart", "recipes", "quantised", "limits"])
+@pytest.mark.parametrize("name", ["quickstart", "recipes", "quantised", "limits", "adding"])
 def test_python_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "quantised":
         pytest.importorskip("torchao", reason="torchao is not installed")
