@@ -30,7 +30,7 @@ class _NearAndFar(Approximation):
     def __init__(
         self, preconditioner: Preconditioner, factor: Factor, *, scale: float, causal: bool, heavy: float
     ) -> None:
-        self._far = Factored(preconditioner, factor, scale=scale, causal=causal)
+        Factored(preconditioner, factor, scale=scale, causal=causal)  # refuses what does not go together
         self.preconditioner, self.factor, self.heavy = preconditioner, factor, heavy
         self.scale, self.causal = scale, causal
 
@@ -46,19 +46,16 @@ class _NearAndFar(Approximation):
             z = self._sums(rows, keys, u, log_weight.detach(), self._shared(k))
         return (z[..., :-1] / z[..., -1:]).to(v.dtype), z[..., -1].detach()
 
-    def weights(self, q: Tensor, at: Tensor, k: Tensor) -> Tensor:
+    def kernel(self, q: Tensor, at: Tensor, k: Tensor, to: Tensor) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):
             rows, keys, log_weight = self._coordinates(q, k)
             shared = self._shared(k)
-            near = self._near(rows.detach(), at, keys.detach(), log_weight.detach(), shared) | shared
+            near = self._near(rows.detach(), at, keys.detach(), log_weight.detach(), shared, to) | shared[to]
+            keys = keys.index_select(0, to)
             kernel = torch.where(near, (rows @ keys.mT).exp(), factored_kernel(rows, keys, self.factor))
             if self.causal:
-                kernel = kernel.masked_fill(torch.arange(len(keys), device=at.device) > at[:, None], 0.0)
-            kernel = kernel * log_weight.exp()
-            return kernel / kernel.sum(1, keepdim=True)
-
-    def difficulty(self, q: Tensor) -> Tensor:
-        return self._far.difficulty(q)
+                kernel = kernel.masked_fill(to > at[:, None], 0.0)
+            return kernel * log_weight.index_select(0, to).exp()
 
     def _coordinates(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         fitted = self.preconditioner
@@ -75,8 +72,8 @@ class _NearAndFar(Approximation):
         """``sum_j w_ij u_j`` for ``q`` (g, L, d) and ``u`` (L, m): (g, L, m)."""
 
     @abstractmethod
-    def _near(self, q: Tensor, at: Tensor, k: Tensor, log_weight: Tensor, shared: Tensor) -> Tensor:
-        """Which of the keys (L, d) are near to queries ``q`` (m, d) at ``at`` (m,) beside the shared ones: (m, L)."""
+    def _near(self, q: Tensor, at: Tensor, k: Tensor, log_weight: Tensor, shared: Tensor, to: Tensor) -> Tensor:
+        """Which of the keys (L, d) at ``to`` (n,) are near to queries ``q`` (m, d) at ``at`` (m,) beside the shared: (m, n)."""
 
 
 class Windowed(_NearAndFar):
@@ -135,8 +132,7 @@ class Windowed(_NearAndFar):
             found[:, : 2 * self._chunk] = 0.0  # these meet all their keys exactly
         return found
 
-    def _near(self, q: Tensor, at: Tensor, k: Tensor, log_weight: Tensor, shared: Tensor) -> Tensor:
-        to = torch.arange(len(k), device=at.device)
+    def _near(self, q: Tensor, at: Tensor, k: Tensor, log_weight: Tensor, shared: Tensor, to: Tensor) -> Tensor:
         return ((to // self._chunk - at[:, None] // self._chunk).abs() <= 1) & (self.window > 0)
 
 
@@ -181,13 +177,13 @@ class BlockExact(_NearAndFar):
         z = near_far_sums(rows[order], k[keys], u[keys], self.factor, plan)
         return z[order.argsort()].view(*q.shape[:2], -1)
 
-    def _near(self, q: Tensor, at: Tensor, k: Tensor, log_weight: Tensor, shared: Tensor) -> Tensor:
+    def _near(self, q: Tensor, at: Tensor, k: Tensor, log_weight: Tensor, shared: Tensor, to: Tensor) -> Tensor:
         groups = _groups(k, ~shared, self.block)
         label = _heaviest(q, k, log_weight, groups, self.block)
         group = torch.full_like(shared, -1, dtype=torch.long)
         for c, rows in enumerate(groups):
             group[rows] = c
-        return label[:, None] == group
+        return label[:, None] == group[to]
 
 
 def _groups(points: Tensor, among: Tensor, most: int, sample: int = 4096) -> list[Tensor]:

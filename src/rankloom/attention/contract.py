@@ -53,11 +53,12 @@ class Approximation(ABC):
         positive and finite has no valid output."""
 
     @abstractmethod
-    def weights(self, q: Tensor, at: Tensor, k: Tensor) -> Tensor:
-        """The normalised attention rows (m, L) that :meth:`__call__` amounts to, for single queries ``q`` (m, d) at the
-        positions ``at`` (m,): dense, differentiable in ``q`` and ``k``; for certificates and tests. Where causal, keys
-        after all of ``at`` may be left out."""
+    def kernel(self, q: Tensor, at: Tensor, k: Tensor, to: Tensor) -> Tensor:
+        """The kernel (m, n) that :meth:`__call__` amounts to, before its rows are divided by their denominators, for single
+        queries ``q`` (m, d) at the positions ``at`` (m,) and those of all keys ``k`` (L, d) at the positions ``to`` (n,):
+        dense, 0 where masked, differentiable in ``q`` and ``k``; for certificates and tests."""
 
-    @abstractmethod
     def difficulty(self, q: Tensor) -> Tensor:
-        """What grows with a query row's expected error (its norm in the factor's coordinates): (g, L)."""
+        """What grows with a query row's expected error, 0 for rows without one: (g, L). Here the row's norm in the factor's
+        coordinates."""
+        return self.preconditioner.queries(q.detach()).norm(dim=-1)
