@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rankloom.attention.certificate import Certificate, certify
-from rankloom.attention.contract import Approximation
+from rankloom.attention.contract import Approximation, Rows
 from rankloom.attention.factored import Factored
 from rankloom.attention.polynomial import Isotropic
 from rankloom.attention.precondition import Preconditioner
@@ -30,13 +30,16 @@ class Polynomial(Approximation):
     def value(self, logits: Tensor) -> Tensor:
         return torch.stack([logits**j / math.factorial(j) for j in range(self.degree + 1)]).sum(0)
 
-    def kernel(self, q: Tensor, at: Tensor, k: Tensor, to: Tensor) -> Tensor:
-        value = self.value(self.scale * q @ (k[to] - k.detach().mean(0)).mT)
-        return value.masked_fill(to > at[:, None], 0.0) if self.causal else value
+    def kernel(self, k: Tensor, to: Tensor) -> Rows:
+        def rows(q: Tensor, at: Tensor) -> Tensor:
+            value = self.value(self.scale * q @ (k[to] - k.detach().mean(0)).mT)
+            return value.masked_fill(to > at[:, None], 0.0) if self.causal else value
+
+        return rows
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         every = torch.arange(len(k))
-        kernels = [self.kernel(head, every, k, every) for head in q]
+        kernels = [self.kernel(k, every)(head, every) for head in q]
         sums = torch.stack([kernel.sum(1) for kernel in kernels])
         return torch.stack([kernel @ v for kernel in kernels]) / sums[..., None], sums.detach()
 
@@ -294,50 +297,53 @@ def test_limits_cover_the_truth_on_200_heads(keys: int | None) -> None:
         assert count >= 80 and covered >= 0.95 and median <= (1.3 if name in ("output", "dQ") else 2.0), (name, found)
 
 
+class Watched(Polynomial):
+    """Notes which keys it was asked for, and which rows of them."""
+
+    asked: list[tuple[Tensor, list[Tensor]]]
+
+    def kernel(self, k: Tensor, to: Tensor) -> Rows:
+        rows, seen = super().kernel(k, to), list[Tensor]()
+        self.asked.append((to, seen))
+
+        def watched(q: Tensor, at: Tensor) -> Tensor:
+            seen.append(at)
+            return rows(q, at)
+
+        return watched
+
+
 def test_cost_is_bounded() -> None:
-    """By default one row in 256, between 64 and 256, at 4096 keys, and never more than 2^21 pairs at once."""
+    """By default one row in 256, between 64 and 256, at 3072 keys, all of them once, and never more than 2^20 pairs at once."""
 
-    class Counting(Polynomial):
-        seen: list[tuple[int, int]]
-
-        def kernel(self, q: Tensor, at: Tensor, k: Tensor, to: Tensor) -> Tensor:
-            self.seen.append((len(q), len(to)))
-            return super().kernel(q, at, k, to)
-
-    def counted(length: int, **options: Any) -> int:
-        head.seen = []
+    def counted(length: int, rows: int | None = None, keys: int | None = None) -> int:
+        head.asked = []
         given = {"out": grad, "denominators": torch.ones_like(grad[..., 0]), "gradients": (grad, grad[0], grad[0])}
-        rows = certify(head, q, k, v, grad=grad, **given, **options).rows
-        assert all(m == rows and m * n <= 2**21 for m, n in head.seen)
-        return rows
+        found = certify(head, q, k, v, grad=grad, rows=rows, keys=keys, **given).rows
+        for to, seen in head.asked:
+            assert sum(map(len, seen)) == found and max(map(len, seen)) * len(to) <= 2**20
+        compared = torch.cat([to for to, _ in head.asked])
+        assert len(compared) == min(length, keys or 3072) and bool((compared.diff() > 0).all())
+        return found
 
-    head = Counting(1, scale=0.5, causal=False)
+    head = Watched(1, scale=0.5, causal=False)
     for length, most in ((70_000, 256), (40_000, 156), (800, 64)):
         q, k, v, grad = inputs(1, length, 2, 0.1, seed=0, dtype=torch.float32)
         assert most - 32 <= counted(length) <= most
-        assert sum(n for _, n in head.seen) == min(length, 4096)
-        if length == 40_000:
-            counted(length, keys=length)
-            assert sum(n for _, n in head.seen) == length and max(n for _, n in head.seen) == 4096
     assert counted(800, rows=256) == 192  # three quarters: too short for a third stratum
+    assert counted(800, keys=800) == 64
 
 
-@pytest.mark.parametrize("keys", [None, 100])
-def test_causal_rows_need_the_keys_up_to_them(keys: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part of the keys meets the rows from its first key on, and the last rows' own keys are the last."""
+def test_causal_rows_meet_no_later_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of the keys is asked for by the rows from its first key on, and by no others."""
     monkeypatch.setattr("rankloom.attention.rows._KEYS", 50)
-    seen = set()
-
-    class Watched(Polynomial):
-        def kernel(self, q: Tensor, at: Tensor, k: Tensor, to: Tensor) -> Tensor:
-            assert bool((at >= to[0]).all()) and bool((to.diff() > 0).all())
-            seen.update(at.tolist() if len(to) < len(k) else [])
-            return super().kernel(q, at, k, to)
-
     q, k, v, grad = inputs(2, 400, 4, 0.2, seed=0)
     head = Watched(3, scale=0.5, causal=True)
-    certificate = certify(head, q, k, v, grad=grad, keys=keys)
-    assert 0 < len(seen) <= certificate.rows
+    head.asked = []
+    rows = certify(head, q, k, v, grad=grad).rows
+    parts = [(int(to[0]), torch.cat(seen)) for to, seen in head.asked if len(to) == 50]
+    assert [first for first, _ in parts] == list(range(0, 400, 50)) and len(parts[0][1]) == rows
+    assert all(at.tolist() == parts[0][1][parts[0][1] >= first].tolist() for first, at in parts)
 
 
 def test_failures_say_why() -> None:
@@ -353,8 +359,9 @@ def test_failures_say_why() -> None:
     assert certify(head, q, k, v, out=out, denominators=denominators).reason == "the approximate output is not finite"
 
     class Broken(Polynomial):
-        def kernel(self, q: Tensor, at: Tensor, k: Tensor, to: Tensor) -> Tensor:
-            return super().kernel(q, at, k, to) * (math.nan if len(at) < 150 else 1.0)  # not when it is called
+        def kernel(self, k: Tensor, to: Tensor) -> Rows:
+            rows = super().kernel(k, to)
+            return lambda q, at: rows(q, at) * (math.nan if len(at) < 150 else 1.0)  # not when it is called
 
     broken = Broken(2, scale=0.5, causal=False)
     assert "not finite in dK, dV" in str(certify(broken, q, k, v, grad=grad).reason)

@@ -66,11 +66,12 @@ def test_weights_are_the_rows_it_amounts_to(causal: bool, chunk: int | None) -> 
 def test_the_kernel_of_some_keys_is_part_of_the_kernel_of_all(causal: bool) -> None:
     q, k, v = head()
     a, at = approximation(q, k, causal), torch.tensor([60, 17, 3])
-    kernel, some = a.kernel(q[1, at], at, k, torch.arange(LENGTH)), torch.tensor([2, 3, 16, 17, 18, 60])
+    kernel, some = a.kernel(k, torch.arange(LENGTH))(q[1, at], at), torch.tensor([2, 3, 16, 17, 18, 60])
     torch.testing.assert_close(kernel.sum(1), a(q, k, v)[1][1, at])
-    torch.testing.assert_close(a.kernel(q[1, at], at, k, some), kernel[:, some])
+    part = a.kernel(k, some)(q[1, at], at)
+    torch.testing.assert_close(part, kernel[:, some])
     pull = torch.randn(3, 6, dtype=torch.float64)
-    ours, theirs = (torch.autograd.grad(x, (q, k), pull) for x in (a.kernel(q[1, at], at, k, some), kernel[:, some]))
+    ours, theirs = (torch.autograd.grad(x, (q, k), pull) for x in (part, kernel[:, some]))
     torch.testing.assert_close(ours, theirs)
 
 
@@ -78,18 +79,14 @@ def test_kernel_over_many_chunks_is_the_dense_product() -> None:
     factor = Anisotropic(torch.tensor([0.5, 0.4, 0.3, 0.1]), 900, max_degree=12)
     q, k = (0.5 * torch.randn(n, DIM, dtype=torch.float64) for n in (5, 1500))
     series = sum((q @ k.mT) ** j / math.factorial(j) for j in range(5))
-    torch.testing.assert_close(factored_kernel(q, k, Isotropic(DIM, 4)), series, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(factored_kernel(k, Isotropic(DIM, 4))(q), series, rtol=1e-12, atol=1e-12)
     leaves = (q[:2].clone().requires_grad_(), k[:3].clone().requires_grad_())
-    assert torch.autograd.gradcheck(lambda a, b: factored_kernel(a, b, factor), leaves)
-    torch.testing.assert_close(factored_kernel(q, k, factor)[:2, :3], factored_kernel(q[:2], k[:3], factor))
-    pull, leaf = torch.randn(5, 1500, dtype=torch.float64), k.clone().requires_grad_()
-    pull[1:4] = 0.0  # rows without a gradient may be left out
-    some = torch.tensor([0, 4])
-    ours, theirs = (
-        torch.autograd.grad(factored_kernel(rows, leaf, factor), leaf, g)[0]
-        for rows, g in ((q, pull), (q[some], pull[some]))
-    )
-    torch.testing.assert_close(ours, theirs)
+    assert torch.autograd.gradcheck(lambda a, b: factored_kernel(b, factor)(a), leaves)
+    rows, leaf, pull = q.clone().requires_grad_(), k.clone().requires_grad_(), torch.randn(5, 1500, dtype=torch.float64)
+    got, dense = factored_kernel(leaf, factor)(rows), factor.mix(factor.features(q.mT)).mT @ factor.features(k.mT)
+    torch.testing.assert_close(got, dense)
+    back = factor.pull_back(k.mT, factor.features(k.mT), factor.mix(factor.features(q.mT)) @ pull).mT
+    torch.testing.assert_close(torch.autograd.grad(got, leaf, pull)[0], back)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -133,5 +130,5 @@ def test_bad_input_is_refused() -> None:
         Factored(p, Isotropic(3, 2), scale=SCALE, causal=True)
     with pytest.raises(CompositionError, match="fitted at scale"):
         Factored(p, Isotropic(4, 2), scale=0.1, causal=True)
-    with pytest.raises(AttentionError, match="rows of attention"):
-        weights(approximation(q, k, causal=True), q[0], torch.arange(3), k)
+    with pytest.raises(AttentionError, match="a kernel is of keys"):
+        approximation(q, k, causal=True).kernel(k[0], torch.arange(3))

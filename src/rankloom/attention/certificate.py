@@ -40,7 +40,7 @@ from rankloom.errors import AttentionError
 __all__ = ["Certificate", "Estimate", "certify"]
 
 _ROWS, _SHARE = 256, 256  # by default one row in so many, and no more than 256
-_KEYS = 4096
+_KEYS = 3072
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def certify(
     ``projections`` for any of ``q, k, v`` the ``dA_n`` and ``dB_n`` of those.
 
     ``rows`` are by default ``g L / 256``, at least 64 and at most 256; a head that has no more than ``rows`` is computed exactly.
-    dK and dV are compared at ``keys`` of the keys, by default 4096; ``keys=L`` for a ``correction`` of them. With ``projections``
+    dK and dV are compared at ``keys`` of the keys, by default 3072; ``keys=L`` for a ``correction`` of them. With ``projections``
     it is all keys, as the gradient of a factor is a sum over them.
     Half precision is certified in float32. Time ``O(rows L d)`` plus the approximation's own dense rows, for which a factor whose
     kernel is no function of the logits forms its features of the compared keys, and pulls nine gradients back through them:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rankloom.attention.contract import Approximation, Factor
+from rankloom.attention.contract import Approximation, Factor, Rows
 from rankloom.attention.engine import default_chunk, factored_attention
 from rankloom.attention.polynomial import Isotropic
 from rankloom.attention.precondition import Preconditioner
@@ -49,18 +50,21 @@ class Factored(Approximation):
             p.queries(q), p.keys(k), v, p.log_weights(k), self.factor, causal=self.causal, chunk=self.chunk
         )
 
-    def kernel(self, q: Tensor, at: Tensor, k: Tensor, to: Tensor) -> Tensor:
-        if q.dim() != 2 or k.dim() != 2 or at.shape != q.shape[:1] or to.dim() != 1:
+    def kernel(self, k: Tensor, to: Tensor) -> Rows:
+        if k.dim() != 2 or to.dim() != 1:
             raise AttentionError(
-                f"rows of attention are of queries (m, d) at positions (m,) over keys (L, d) at positions (n,); "
-                f"got {tuple(q.shape)}, {tuple(at.shape)}, {tuple(k.shape)} and {tuple(to.shape)}"
+                f"a kernel is of keys (L, d) at positions (n,); got {tuple(k.shape)} and {tuple(to.shape)}"
             )
-        queries, keys = self.preconditioner.queries(q), self.preconditioner.keys(k.index_select(0, to))
-        with torch.autocast(q.device.type, enabled=False):
-            kernel = factored_kernel(queries, keys, self.factor)
-            if self.causal:
-                kernel = self._mask(kernel, queries, at, keys, to)
-            return kernel * self.preconditioner.log_weights(k).index_select(0, to).exp()
+        keys, weight = self.preconditioner.keys(k.index_select(0, to)), self.preconditioner.log_weights(k)[to].exp()
+        far = factored_kernel(keys, self.factor)
+
+        def rows(q: Tensor, at: Tensor) -> Tensor:
+            queries = self.preconditioner.queries(q)
+            with torch.autocast(q.device.type, enabled=False):
+                kernel = far(queries)
+                return (self._mask(kernel, queries, at, keys, to) if self.causal else kernel) * weight
+
+        return rows
 
     def _mask(self, kernel: Tensor, queries: Tensor, at: Tensor, keys: Tensor, to: Tensor) -> Tensor:
         """0 after the query, exact where query and key share a chunk."""
@@ -77,13 +81,11 @@ class Factored(Approximation):
 
 
 class _Kernel(torch.autograd.Function):
-    """See :func:`factored_kernel`. The keys' features are formed by chunk, once; rows without a gradient cost nothing."""
+    """``mixed^T features`` for ``mixed = M phi(q)`` and ``features = phi(k)``; the way back goes by chunks of keys."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, factor: Factor) -> Tensor:
-        mixed, features = factor.mix(factor.features(columns(q))), k.new_empty(factor.width, len(k))
-        for a, b in _spans(k, factor):
-            features[:, a:b] = factor.features(columns(k[a:b]))
+    def forward(ctx: Any, q: Tensor, k: Tensor, features: Tensor, factor: Factor) -> Tensor:
+        mixed = factor.mix(factor.features(columns(q)))
         ctx.save_for_backward(q, k, mixed, features)
         ctx.factor = factor
         return mixed.mT @ features
@@ -92,15 +94,14 @@ class _Kernel(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (q, k, mixed, features), factor, grad_q, grad_k = ctx.saved_tensors, ctx.factor, None, None
-        live = grad.any(1)
         if ctx.needs_input_grad[0]:
             x = columns(q)
             grad_q = factor.pull_back(x, factor.features(x), factor.mix(features @ grad.mT)).mT
         if ctx.needs_input_grad[1]:
-            mixed, grad, grad_k = mixed[:, live], grad[live], torch.empty_like(k)
+            grad_k = torch.empty_like(k)
             for a, b in _spans(k, factor):
                 grad_k[a:b] = factor.pull_back(columns(k[a:b]), features[:, a:b], mixed @ grad[:, a:b]).mT
-        return grad_q, grad_k, None
+        return grad_q, grad_k, None, None
 
 
 def _spans(k: Tensor, factor: Factor) -> list[tuple[int, int]]:
@@ -108,12 +109,19 @@ def _spans(k: Tensor, factor: Factor) -> list[tuple[int, int]]:
     return [(a, min(a + step, len(k))) for a in range(0, len(k), step)]
 
 
-def factored_kernel(q: Tensor, k: Tensor, factor: Factor) -> Tensor:
-    """``phi(q)^T M phi(k)`` densely, (m, n), for queries ``q`` (m, dim) and keys ``k`` (n, dim), differentiable.
+def factored_kernel(k: Tensor, factor: Factor) -> Callable[[Tensor], Tensor]:
+    """``phi(q)^T M phi(k)`` densely, (m, n), of queries ``q`` (m, dim), for keys ``k`` (n, dim); differentiable in both.
 
-    Memory O(n width): for a few thousand keys.
+    The keys' features are formed once and held, width n numbers; a polynomial of the logits needs none.
     """
     if isinstance(factor, Isotropic):
-        return factor.kernel(q @ k.mT)
-    out: Tensor = _Kernel.apply(q, k, factor)
-    return out
+        return lambda q: factor.kernel(q @ k.mT)
+    features = k.new_empty(factor.width, len(k))
+    for a, b in _spans(k, factor):
+        features[:, a:b] = factor.features(columns(k[a:b].detach()))
+
+    def rows(q: Tensor) -> Tensor:
+        out: Tensor = _Kernel.apply(q, k, features, factor)
+        return out
+
+    return rows

@@ -22,7 +22,7 @@ from rankloom.attention.projection import Projection
 
 __all__ = ["Rows"]
 
-_LOGITS = 2**21  # rows x keys at once
+_PAIRS = 2**20  # of rows and keys at once
 _KEYS = 4096  # keys at once, whose features are formed once for all rows
 _CACHED = 2**17  # logits of exact rows at once, which half a dozen passes go over: they stay in a core's L2 cache
 
@@ -113,24 +113,23 @@ class Rows:
     def _approximate(self, samples: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The weighted sums dK (S, n, d) and dV (S, n, d_v) of each sample, in one pass over the keys."""
         assert self.grad is not None and self.denominators is not None
-        rows, weight = torch.cat(list(samples)), torch.cat(list(weights))
-        of = torch.cat([torch.full_like(index, s) for s, index in enumerate(samples)])
-        at, grad = rows % self.length, self.grad[rows] * (weight / self.denominators[rows])[:, None]
-        mean = (grad * self.out[rows]).sum(1, keepdim=True)
         dk, dv = (t.repeat(len(samples), 1, 1) for t in self._empty_sums())
-        k, step = self.k.detach().requires_grad_(), min(_KEYS, max(1, _LOGITS // len(rows)))
-        for a, to in zip(range(0, len(self.keys), step), self.keys.split(step), strict=True):
-            live = at >= to[0] if self.approximation.causal else torch.ones_like(at, dtype=torch.bool)
-            if not bool(live.any()):
-                break
+        k = self.k.detach().requires_grad_()
+        for a in range(0, len(self.keys), _KEYS):
+            to, part = self.keys[a : a + _KEYS], slice(a, a + _KEYS)
             with torch.enable_grad():
-                kernel = self.approximation.kernel(self.q[rows[live]], at[live], k, to)
-                parts = kernel.split(of[live].bincount(minlength=len(samples)).tolist())
-            pull = (grad[live] @ self.v[to].mT).sub_(mean[live])
-            for s, part in enumerate(parts):
-                own = of[live] == s
-                dv[s, a : a + step] = part.detach().mT @ grad[live][own]
-                dk[s, a : a + step] = torch.autograd.grad(part, k, pull[own], retain_graph=True)[0][to]
+                kernel = self.approximation.kernel(k, to)
+            for s, (index, weight) in enumerate(zip(samples, weights, strict=True)):
+                if self.approximation.causal:
+                    after = index % self.length >= to[0]
+                    index, weight = index[after], weight[after]
+                for rows, w in zip(index.split(_PAIRS // _KEYS), weight.split(_PAIRS // _KEYS), strict=True):
+                    at, grad = rows % self.length, self.grad[rows] * (w / self.denominators[rows])[:, None]
+                    with torch.enable_grad():
+                        values = kernel(self.q[rows], at)
+                    pull = (grad @ self.v[to].mT).sub_((grad * self.out[rows]).sum(1, keepdim=True))
+                    dv[s, part].addmm_(values.detach().mT, grad)
+                    dk[s, part] += torch.autograd.grad(values, k, pull, retain_graph=True)[0][to]
         return dk, dv
 
     def _empty_sums(self) -> tuple[Tensor, Tensor]:
