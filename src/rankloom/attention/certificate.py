@@ -37,10 +37,11 @@ from rankloom.attention.rows import Rows
 from rankloom.attention.strata import FEWEST, Sample, SumOfRows, stratify, sum_of_rows, total
 from rankloom.errors import AttentionError
 
-__all__ = ["Certificate", "Estimate", "certify"]
+__all__ = ["KEYS", "Certificate", "Estimate", "certify"]
 
 _ROWS, _SHARE = 256, 256  # by default one row in so many, and no more than 256
-_KEYS = 3072
+KEYS = 3072
+"""At which dK and dV are compared."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def certify(
 
     count = q.shape[0] * q.shape[1]
     sample = stratify(_difficulty(approximation, q, grad), rows or max(FEWEST, min(_ROWS, count // _SHARE)), generator)
-    compared = _compared(k, known, len(k) if projections else keys or _KEYS, generator)
+    compared = _compared(k, known, len(k) if projections else keys or KEYS, generator)
     order = compared.index.argsort()
     made = known | {"denominators": denominators.detach().to(q.dtype)}
     head = Rows(approximation, q, k, v, made, grad, projections or {}, compared.index[order])
