@@ -36,10 +36,11 @@ from common import earlier, provenance, ratios, steady_memory, table, write
 from limits_training import library, model_of
 from rankloom import methods
 from rankloom.attention.accelerate import accelerate_attention
-from rankloom.attention.budget import booked, calibration_pairs
+from rankloom.attention.budget import calibration_pairs
 from rankloom.attention.capture import capture
 from rankloom.attention.cost import calibrate
 from rankloom.attention.fitting import Sample, fit
+from rankloom.attention.search import search_seconds
 from rankloom.training.models import load_model
 
 VARIANTS = ("exact", "accelerated")
@@ -91,7 +92,7 @@ def run(model: nn.Module, texts: list[Tensor], loss: Loss) -> dict[str, Any]:
 
     for name in VARIANTS:  # neither pays for touching its memory first
         step(name, texts[0])
-    with accelerate_attention(models["accelerated"], EPS, budget=BUDGET) as handle:
+    with accelerate_attention(models["accelerated"], EPS, budget=BUDGET, total_steps=len(texts)) as handle:
         for number, text in enumerate(texts):
             for name in VARIANTS if number % 2 else reversed(VARIANTS):
                 begin = time.process_time()
@@ -142,14 +143,15 @@ def prices(model: nn.Module, text: Tensor, heads: int) -> dict[str, Any]:
                 "choice": found.reason,
                 "error": found.error,
                 "seconds": spent,
-                "booked": booked(cost, [len(call.k[head])], found, EPS),
+                "booked": found.spent,
+                "expected": search_seconds(cost, dim, [len(call.k[head])]),
             }
         )
     exact = cost.exact(len(text))
     return {
         "exact": exact,
         "calibration": {"seconds": calibration, "booked": cost.quadratic[1] * calibration_pairs(place)},
-        "measurement": {name: statistics.mean(row[name] for row in rows) for name in ("seconds", "booked")},
+        "measurement": {name: statistics.mean(row[name] for row in rows) for name in ("seconds", "booked", "expected")},
         "heads": rows,
     }
 

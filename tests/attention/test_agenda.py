@@ -7,15 +7,16 @@ from math import inf
 import pytest
 
 from rankloom.attention.agenda import Turn, plan
-from rankloom.attention.budget import Budget, Place, search_seconds
+from rankloom.attention.budget import Budget, Place
 from rankloom.attention.cost import KINDS, CostModel
 from rankloom.attention.fitting import Fit
 from rankloom.attention.heads import Layer
+from rankloom.attention.search import search_seconds
 from tests.attention.test_budget import COST
 
 PLACE: Place = (16, 16, 1, True, "cpu", "torch.float32")
 LENGTH = 1000
-PRICE = search_seconds(COST, (LENGTH,))
+PRICE = search_seconds(COST, PLACE[0], (LENGTH,))
 PASSED = Fit("isotropic 17", object(), error=1e-3, length=10.0, seconds=1.0)  # type: ignore[arg-type]
 
 
@@ -129,8 +130,8 @@ def test_a_model_whose_heads_all_fail_stays_within_the_share(error: float) -> No
         for layer in model:
             budget.ran(layer.place, layer.lengths, 2)
             for head in layer.wanted:
-                found = Fit("certificate", error=error)
-                budget.pay(COST, layer.lengths, found, eps=1e-2)
+                found = Fit("certificate", error=error, spent=PRICE)
+                budget.spent += found.spent
                 layer.turns[head].measured(found, step=step, refresh=10, eps=1e-2, length=LENGTH)
         assert budget.spent <= 0.04 * budget.exact
         counts.append([turn.measurements for layer in model for turn in layer.turns.values()])

@@ -18,6 +18,7 @@ from rankloom.attention.nystrom import Nystrom
 from rankloom.attention.polynomial import Isotropic
 from rankloom.attention.precondition import Preconditioner
 from rankloom.errors import AttentionError, CompositionError, RecipeError
+from tests.attention.dense import weights
 
 DIM, VALUES, SCALE = 3, 5, 0.4
 Head = tuple[Tensor, Tensor, Tensor]
@@ -99,7 +100,7 @@ def test_without_a_window_only_sinks_and_heavy_keys_are_exact(length: int, heads
     near[:, heaviness(part.preconditioner, k).topk(round(0.1 * length)).indices] = True
     compare(part, (q, k, v), lambda q, k: dense(part, q, k, near))
     at = torch.arange(length)
-    torch.testing.assert_close(part.weights(q[0], at, k), dense(part, q[0], k, near))
+    torch.testing.assert_close(weights(part, q[0], at, k), dense(part, q[0], k, near))
 
 
 @pytest.mark.parametrize("share", [0.2, 1.0])
@@ -150,9 +151,9 @@ def test_windowed_against_its_own_weights(causal: bool, heads: int) -> None:
     factor = Nystrom.fit(p.keys(k), 20, generator=torch.Generator().manual_seed(0))
     part = Windowed(p, factor, scale=SCALE, causal=causal, window=8, sinks=2)
     at = torch.arange(45)
-    compare(part, (q, k, v), lambda q, k: torch.stack([part.weights(one, at, k) for one in q]))
+    compare(part, (q, k, v), lambda q, k: torch.stack([weights(part, one, at, k) for one in q]))
     some = torch.tensor([40, 3, 17])
-    torch.testing.assert_close(part.weights(q[0, some], some, k), part.weights(q[0], at, k)[some])
+    torch.testing.assert_close(weights(part, q[0, some], some, k), weights(part, q[0], at, k)[some])
 
 
 def test_future_tokens_change_nothing() -> None:
@@ -176,7 +177,7 @@ def test_block_exact_against_its_own_weights(length: int, heads: int, share: flo
     part = block_exact(q, k, share=share)
     at = torch.arange(length)
     compare(
-        part, (q, k, v), lambda q, k: part.weights(q.flatten(0, 1), at.repeat(heads), k).view(heads, length, length)
+        part, (q, k, v), lambda q, k: weights(part, q.flatten(0, 1), at.repeat(heads), k).view(heads, length, length)
     )
 
 
@@ -189,7 +190,7 @@ def test_block_exact_is_exact_on_one_group_of_similar_keys_a_query() -> None:
     part = block_exact(q[None], k, block=45)
     p = part.preconditioner
     s = p.queries(q) @ p.keys(k).mT
-    kernel = part.weights(q, torch.arange(160), k) / p.log_weights(k).exp()
+    kernel = weights(part, q, torch.arange(160), k) / p.log_weights(k).exp()
     near = label[:, None] == label
     ratio = kernel / torch.where(near, s.exp(), 1 + s + s * s / 2)
     torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio), rtol=1e-10, atol=0)
@@ -234,7 +235,7 @@ def test_autocast_changes_nothing(causal: bool) -> None:
         for on in (False, True):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
                 out = part(q, k, v)[0]
-                rows = part.weights(q[0], torch.arange(45), k)
+                rows = weights(part, q[0], torch.arange(45), k)
             seen.append([out, rows, *torch.autograd.grad(out.square().sum(), (q, k, v))])
         assert all(a.equal(b) for a, b in zip(*seen, strict=True))
 
@@ -305,5 +306,5 @@ def test_rows_without_difficulty_are_exact() -> None:
     made = Windowed(preconditioner, Isotropic(3, 1), scale=0.5, causal=True, window=16, sinks=2)
     easy, at = made.difficulty(q) == 0, torch.arange(90)
     logits = (0.5 * q[0] @ k.mT).masked_fill(at > at[:, None], -torch.inf)
-    same = (made.weights(q[0], at, k) - logits.softmax(1)).abs().amax(1) < 1e-12
+    same = (weights(made, q[0], at, k) - logits.softmax(1)).abs().amax(1) < 1e-12
     assert torch.equal(easy[0], same) and torch.equal(easy[1], same)

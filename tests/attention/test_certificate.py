@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from rankloom.attention.certificate import Certificate, certify
-from rankloom.attention.contract import Approximation
+from rankloom.attention.contract import Approximation, Rows
 from rankloom.attention.factored import Factored
 from rankloom.attention.polynomial import Isotropic
 from rankloom.attention.precondition import Preconditioner
@@ -21,27 +22,26 @@ from rankloom.kernels.lowrank import Linear
 
 
 class Polynomial(Approximation):
-    """Dense attention with the Taylor polynomial of the exponential, keys centred by the mean of those it was called with."""
-
-    centre: Tensor | None = None
+    """Dense attention with the Taylor polynomial of the exponential in the logits of centred keys."""
 
     def __init__(self, degree: int, *, scale: float, causal: bool) -> None:
         self.degree, self.scale, self.causal = degree, scale, causal
 
-    def kernel(self, q: Tensor, at: Tensor, k: Tensor) -> Tensor:
-        logits = self.scale * q @ (k - (k.detach().mean(0) if self.centre is None else self.centre)).mT
-        value = sum(logits**j / math.factorial(j) for j in range(self.degree + 1))
-        return value.masked_fill(torch.arange(len(k)) > at[:, None], 0.0) if self.causal else value
+    def value(self, logits: Tensor) -> Tensor:
+        return torch.stack([logits**j / math.factorial(j) for j in range(self.degree + 1)]).sum(0)
+
+    def kernel(self, k: Tensor, to: Tensor) -> Rows:
+        def rows(q: Tensor, at: Tensor) -> Tensor:
+            value = self.value(self.scale * q @ (k[to] - k.detach().mean(0)).mT)
+            return value.masked_fill(to > at[:, None], 0.0) if self.causal else value
+
+        return rows
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        self.centre = k.detach().mean(0)
-        kernels = [self.kernel(head, torch.arange(len(k)), k) for head in q]
+        every = torch.arange(len(k))
+        kernels = [self.kernel(k, every)(head, every) for head in q]
         sums = torch.stack([kernel.sum(1) for kernel in kernels])
         return torch.stack([kernel @ v for kernel in kernels]) / sums[..., None], sums.detach()
-
-    def weights(self, q: Tensor, at: Tensor, k: Tensor) -> Tensor:
-        kernel = self.kernel(q, at, k)
-        return kernel / kernel.sum(1, keepdim=True)
 
     def difficulty(self, q: Tensor) -> Tensor:
         return q.norm(dim=-1)
@@ -50,9 +50,8 @@ class Polynomial(Approximation):
 class Exact(Polynomial):
     """The oracle: the same with the exponential itself."""
 
-    def kernel(self, q: Tensor, at: Tensor, k: Tensor) -> Tensor:
-        value = (self.scale * q @ k.mT).exp()
-        return value.masked_fill(torch.arange(len(k)) > at[:, None], 0.0) if self.causal else value
+    def value(self, logits: Tensor) -> Tensor:
+        return logits.exp()
 
 
 def inputs(
@@ -72,6 +71,13 @@ def backward(approximation: Approximation, q: Tensor, k: Tensor, v: Tensor, grad
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
     out, _ = approximation(*leaves)
     return dict(zip(("output", "dQ", "dK", "dV"), (out.detach(), *torch.autograd.grad(out, leaves, grad)), strict=True))
+
+
+def results(approximation: Approximation, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> dict[str, Any]:
+    """What a certificate can be given instead of computing it."""
+    got = backward(approximation, q, k, v, grad)
+    gradients = got["dQ"], got["dK"], got["dV"]
+    return {"out": got["output"], "denominators": approximation(q, k, v)[1], "gradients": gradients}
 
 
 def truth(approximation: Polynomial, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[dict[str, Tensor], ...]:
@@ -104,15 +110,7 @@ def test_all_rows_give_the_error_itself(heads: int, causal: bool) -> None:
         estimate = certificate.gradients[name]
         assert estimate.correction is not None and estimate.residual == 0.0
         torch.testing.assert_close(approximate[name] + estimate.correction, exact[name], rtol=1e-10, atol=1e-12)
-    given = certify(
-        head,
-        q,
-        k,
-        v,
-        out=approximate["output"],
-        grad=grad,
-        gradients=(approximate["dQ"], approximate["dK"], approximate["dV"]),
-    )
+    given = certify(head, q, k, v, grad=grad, **results(head, q, k, v, grad))
     assert estimates(given) == estimates(certificate)
 
 
@@ -216,20 +214,22 @@ def test_estimators_are_unbiased() -> None:
     assert ((mean.mean(0) - whole).abs() < 4 * mean.std(0) / len(mean) ** 0.5).all()
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_certificates_are_unbiased(causal: bool) -> None:
+@pytest.mark.parametrize(("causal", "keys"), product((False, True), (None, 80)))
+def test_certificates_are_unbiased(causal: bool, keys: int | None) -> None:
     q, k, v, grad = inputs(2, 300, 4, 0.4, seed=3)
     grad = 0.1 * grad + 1.0
     head = Polynomial(2, scale=0.5, causal=causal)
     approximate, exact = truth(head, q, k, v, grad)
-    given = {"out": approximate["output"], "gradients": (approximate["dQ"], approximate["dK"], approximate["dV"])}
-    generator = torch.Generator().manual_seed(0)
-    draws = [certify(head, q, k, v, grad=grad, generator=generator, **given) for _ in range(60)]
+    given, generator = results(head, q, k, v, grad), torch.Generator().manual_seed(0)
+    draws = [certify(head, q, k, v, grad=grad, keys=keys, generator=generator, **given) for _ in range(60)]
     for name in exact:
         squares = torch.tensor([estimates(c)[name][0] ** 2 for c in draws], dtype=torch.float64)
         want = (approximate[name] - exact[name]).norm() ** 2 / approximate[name].norm() ** 2
         assert abs(squares.mean() - want) < 4 * squares.std() / 60**0.5, name
         assert squares.std() > 0, name
+    if keys:
+        assert all(c.gradients[name].correction is None for c in draws for name in ("dK", "dV"))
+        return
     if causal:
         return  # where the correction is offered in some draws only, those are not a fair sample
     mean = torch.stack([c.gradients["dV"].correction for c in draws])
@@ -252,7 +252,7 @@ def test_the_control_variate_helps_where_it_is_offered() -> None:
     assert noise.correction is None and noise.residual is None
 
 
-def coverage(heads: int, length: int, rows: int) -> dict[str, tuple[int, float, float]]:
+def coverage(heads: int, length: int, rows: int, keys: int | None = None) -> dict[str, tuple[int, float, float]]:
     """Heads with a true error <= 3e-2: how many, the share that the limit covers, and the median limit over the truth."""
     ratios: dict[str, list[float]] = {}
     seed = 0
@@ -270,9 +270,8 @@ def coverage(heads: int, length: int, rows: int) -> dict[str, tuple[int, float, 
         approximate, exact = truth(head, q, k, v, grad)
         if not 1e-5 < relative(approximate["output"], exact["output"]) <= 3e-2:
             continue
-        given = (approximate["dQ"], approximate["dK"], approximate["dV"])
         certificate = certify(
-            head, q, k, v, out=approximate["output"], grad=grad, gradients=given, rows=rows, generator=generator
+            head, q, k, v, grad=grad, rows=rows, keys=keys, generator=generator, **results(head, q, k, v, grad)
         )
         for name, (_, upper) in estimates(certificate).items():
             if (error := relative(approximate[name], exact[name])) <= 3e-2:
@@ -281,54 +280,70 @@ def coverage(heads: int, length: int, rows: int) -> dict[str, tuple[int, float, 
     return {n: (len(r), float((r >= 1).float().mean()), float(r.median())) for n, r in values.items()}
 
 
-def test_limits_cover_the_truth() -> None:
-    found = coverage(24, 768, 128)
+@pytest.mark.parametrize("keys", [None, 192])
+def test_limits_cover_the_truth(keys: int | None) -> None:
+    found = coverage(24, 768, 128, keys)
     assert set(found) == {"output", "dQ", "dK", "dV"}
     for name, (count, covered, median) in found.items():
         assert count >= 10 and covered >= 0.9 and median <= (1.3 if name in ("output", "dQ") else 2.0), (name, found)
 
 
 @pytest.mark.slow
-def test_limits_cover_the_truth_on_200_heads() -> None:
-    found = coverage(200, 2048, 256)
+@pytest.mark.parametrize("keys", [None, 256])
+def test_limits_cover_the_truth_on_200_heads(keys: int | None) -> None:
+    found = coverage(200, 2048, 256, keys)
     print(found)
     for name, (count, covered, median) in found.items():
         assert count >= 80 and covered >= 0.95 and median <= (1.3 if name in ("output", "dQ") else 2.0), (name, found)
 
 
+class Watched(Polynomial):
+    """Notes which keys it was asked for, and which rows of them."""
+
+    asked: list[tuple[Tensor, list[Tensor]]]
+
+    def kernel(self, k: Tensor, to: Tensor) -> Rows:
+        rows, seen = super().kernel(k, to), list[Tensor]()
+        self.asked.append((to, seen))
+
+        def watched(q: Tensor, at: Tensor) -> Tensor:
+            seen.append(at)
+            return rows(q, at)
+
+        return watched
+
+
 def test_cost_is_bounded() -> None:
-    """By default one row in 256, between 64 and 256, and never more than 2^21 logits at once."""
+    """By default one row in 256, between 64 and 256, at 3072 keys, all of them once, and never more than 2^20 pairs at once."""
 
-    class Counting(Polynomial):
-        seen: list[int]
+    def counted(length: int, rows: int | None = None, keys: int | None = None) -> int:
+        head.asked = []
+        given = {"out": grad, "denominators": torch.ones_like(grad[..., 0]), "gradients": (grad, grad[0], grad[0])}
+        found = certify(head, q, k, v, grad=grad, rows=rows, keys=keys, **given).rows
+        for to, seen in head.asked:
+            assert sum(map(len, seen)) == found and max(map(len, seen)) * len(to) <= 2**20
+        compared = torch.cat([to for to, _ in head.asked])
+        assert len(compared) == min(length, keys or 3072) and bool((compared.diff() > 0).all())
+        return found
 
-        def weights(self, q: Tensor, at: Tensor, k: Tensor) -> Tensor:
-            self.seen.append(len(q))
-            return super().weights(q, at, k)
-
+    head = Watched(1, scale=0.5, causal=False)
     for length, most in ((70_000, 256), (40_000, 156), (800, 64)):
-        head = Counting(1, scale=0.5, causal=False)
-        head.seen = []
         q, k, v, grad = inputs(1, length, 2, 0.1, seed=0, dtype=torch.float32)
-        certificate = certify(head, q, k, v, out=grad, grad=grad, gradients=(grad, grad[0], grad[0]))
-        assert most - 32 <= certificate.rows == sum(head.seen) <= most
-        assert max(head.seen) * length <= 2**21
-    assert certify(head, q, k, v, out=grad, rows=256).rows == 192  # three quarters: too short for a third stratum
+        assert most - 32 <= counted(length) <= most
+    assert counted(800, rows=256) == 192  # three quarters: too short for a third stratum
+    assert counted(800, keys=800) == 64
 
 
-def test_causal_rows_need_the_keys_up_to_them() -> None:
-    """Every batch of approximate rows gets the keys up to its last row, and no less."""
-    seen = []
-
-    class Watched(Polynomial):
-        def weights(self, q: Tensor, at: Tensor, k: Tensor) -> Tensor:
-            assert len(k) == at.max() + 1 and (at.diff() >= 0).all()
-            seen.extend(at.tolist())
-            return super().weights(q, at, k)
-
+def test_causal_rows_meet_no_later_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of the keys is asked for by the rows from its first key on, and by no others."""
+    monkeypatch.setattr("rankloom.attention.rows._KEYS", 50)
     q, k, v, grad = inputs(2, 400, 4, 0.2, seed=0)
     head = Watched(3, scale=0.5, causal=True)
-    assert len(seen) == 0 < certify(head, q, k, v, grad=grad).rows == len(seen)
+    head.asked = []
+    rows = certify(head, q, k, v, grad=grad).rows
+    parts = [(int(to[0]), torch.cat(seen)) for to, seen in head.asked if len(to) == 50]
+    assert [first for first, _ in parts] == list(range(0, 400, 50)) and len(parts[0][1]) == rows
+    assert all(at.tolist() == parts[0][1][parts[0][1] >= first].tolist() for first, at in parts)
 
 
 def test_failures_say_why() -> None:
@@ -340,12 +355,13 @@ def test_failures_say_why() -> None:
     out, denominators = head(q, k, v)
     denominators[0, 7] = math.nan
     assert "1 of 200 denominators" in str(certify(head, q, k, v, out=out, denominators=denominators).reason)
-    out[0, 0, 0] = math.inf
-    assert certify(head, q, k, v, out=out).reason == "the approximate output is not finite"
+    out[0, 0, 0], denominators[0, 7] = math.inf, 1.0
+    assert certify(head, q, k, v, out=out, denominators=denominators).reason == "the approximate output is not finite"
 
     class Broken(Polynomial):
-        def weights(self, q: Tensor, at: Tensor, k: Tensor) -> Tensor:
-            return super().weights(q, at, k) * math.nan
+        def kernel(self, k: Tensor, to: Tensor) -> Rows:
+            rows = super().kernel(k, to)
+            return lambda q, at: rows(q, at) * (math.nan if len(at) < 150 else 1.0)  # not when it is called
 
     broken = Broken(2, scale=0.5, causal=False)
     assert "not finite in dK, dV" in str(certify(broken, q, k, v, grad=grad).reason)
@@ -388,7 +404,7 @@ def test_passes() -> None:
 
 
 def test_bad_input_is_refused() -> None:
-    q, k, v, grad = inputs(1, 20, 4, 0.1, seed=0)
+    q, k, v, grad = inputs(1, 100, 4, 0.1, seed=0)
     head = Polynomial(1, scale=0.5, causal=False)
     for arguments, message in (
         ((q[0], k, v), "of one length"),
@@ -402,6 +418,9 @@ def test_bad_input_is_refused() -> None:
         ({"grad": grad[:, :-1]}, "gradient is"),
         ({"grad": grad / 0}, "grad is not finite"),
         ({"rows": 10}, "at least 64 rows"),
+        ({"keys": 63}, "at least 64 keys"),
+        ({"out": q}, "denominators too"),
+        ({"projections": {"q": Projection(q, Linear(k, None, k, v, 1.0))}, "keys": 64}, "all 100 keys"),
         ({"projections": {"o": Projection(q, Linear(k, None, k, v, 1.0))}}, "not o"),
     ):
         with pytest.raises(AttentionError, match=message):

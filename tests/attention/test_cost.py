@@ -84,7 +84,7 @@ def test_a_known_clock_is_recovered() -> None:
 
 
 def test_the_fastest_round_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, takes = [0.0], {"a": iter([9.0, 3.0, 1.0, 2.0]), "b": iter([0.0, 5.0, 5.0, 4.0])}
+    now, takes = [0.0], {"a": iter([9.0, 3.0, 1.0]), "b": iter([0.0, 5.0, 4.0])}
     monkeypatch.setattr(cost.time, "process_time", lambda: now[0])
 
     def run(name: str) -> None:

@@ -13,6 +13,7 @@ from rankloom.attention.factored import Factored, factored_kernel
 from rankloom.attention.polynomial import Anisotropic, Isotropic
 from rankloom.attention.precondition import Preconditioner
 from rankloom.errors import AttentionError, CompositionError
+from tests.attention.dense import weights
 
 DIM, LENGTH, SCALE = 4, 61, 0.5
 
@@ -52,7 +53,7 @@ def test_weights_are_the_rows_it_amounts_to(causal: bool, chunk: int | None) -> 
     a = approximation(q, k, causal, degree=2, chunk=chunk)
     out, _ = a(q, k, v)
     at = torch.tensor([0, 60, 17, 16, 15, 33])
-    rows = a.weights(q[1, at], at, k)
+    rows = weights(a, q[1, at], at, k)
     torch.testing.assert_close(rows.sum(-1), torch.ones(6, dtype=torch.float64))
     torch.testing.assert_close(rows @ v, out[1, at], rtol=1e-10, atol=1e-12)
     pull = torch.randn(6, 3, dtype=torch.float64)
@@ -61,14 +62,31 @@ def test_weights_are_the_rows_it_amounts_to(causal: bool, chunk: int | None) -> 
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_kernel_of_some_keys_is_part_of_the_kernel_of_all(causal: bool) -> None:
+    q, k, v = head()
+    a, at = approximation(q, k, causal), torch.tensor([60, 17, 3])
+    kernel, some = a.kernel(k, torch.arange(LENGTH))(q[1, at], at), torch.tensor([2, 3, 16, 17, 18, 60])
+    torch.testing.assert_close(kernel.sum(1), a(q, k, v)[1][1, at])
+    part = a.kernel(k, some)(q[1, at], at)
+    torch.testing.assert_close(part, kernel[:, some])
+    pull = torch.randn(3, 6, dtype=torch.float64)
+    ours, theirs = (torch.autograd.grad(x, (q, k), pull) for x in (part, kernel[:, some]))
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_kernel_over_many_chunks_is_the_dense_product() -> None:
     factor = Anisotropic(torch.tensor([0.5, 0.4, 0.3, 0.1]), 900, max_degree=12)
     q, k = (0.5 * torch.randn(n, DIM, dtype=torch.float64) for n in (5, 1500))
     series = sum((q @ k.mT) ** j / math.factorial(j) for j in range(5))
-    torch.testing.assert_close(factored_kernel(q, k, Isotropic(DIM, 4)), series, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(factored_kernel(k, Isotropic(DIM, 4))(q), series, rtol=1e-12, atol=1e-12)
     leaves = (q[:2].clone().requires_grad_(), k[:3].clone().requires_grad_())
-    assert torch.autograd.gradcheck(lambda a, b: factored_kernel(a, b, factor), leaves)
-    torch.testing.assert_close(factored_kernel(q, k, factor)[:2, :3], factored_kernel(q[:2], k[:3], factor))
+    assert torch.autograd.gradcheck(lambda a, b: factored_kernel(b, factor)(a), leaves)
+    rows, leaf, pull = q.clone().requires_grad_(), k.clone().requires_grad_(), torch.randn(5, 1500, dtype=torch.float64)
+    got, dense = factored_kernel(leaf, factor)(rows), factor.mix(factor.features(q.mT)).mT @ factor.features(k.mT)
+    torch.testing.assert_close(got, dense)
+    back = factor.pull_back(k.mT, factor.features(k.mT), factor.mix(factor.features(q.mT)) @ pull).mT
+    torch.testing.assert_close(torch.autograd.grad(got, leaf, pull)[0], back)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -82,10 +100,10 @@ def test_half_precision_and_autocast(causal: bool) -> None:
     grads = torch.autograd.grad(want, wide, pull)
     with torch.autocast("cpu", torch.bfloat16):
         got, at = a(*wide)[0], torch.arange(5)
-        rows = a.weights(wide[0][0, :5], at, wide[1])
+        rows = weights(a, wide[0][0, :5], at, wide[1])
         value = torch.autograd.grad(got, wide[2], pull, retain_graph=True)[0]
     assert torch.equal(got, want) and torch.equal(value, grads[2])
-    assert torch.equal(rows, a.weights(wide[0][0, :5], at, wide[1]))
+    assert torch.equal(rows, weights(a, wide[0][0, :5], at, wide[1]))
     assert all(torch.equal(x, y) for x, y in zip(torch.autograd.grad(got, wide, pull), grads, strict=True))
     out = a(*half)[0]
     assert out.dtype == torch.bfloat16
@@ -101,6 +119,8 @@ def test_difficulty_is_the_norm_in_the_factors_coordinates() -> None:
     want = a.preconditioner.queries(q).square().sum(-1).sqrt().detach()
     assert not a.difficulty(q).requires_grad
     torch.testing.assert_close(a.difficulty(q), want)
+    want[:, :16] = 0.0  # the first chunk, which is exact
+    torch.testing.assert_close(approximation(q, k, causal=True).difficulty(q), want)
 
 
 def test_bad_input_is_refused() -> None:
@@ -110,5 +130,5 @@ def test_bad_input_is_refused() -> None:
         Factored(p, Isotropic(3, 2), scale=SCALE, causal=True)
     with pytest.raises(CompositionError, match="fitted at scale"):
         Factored(p, Isotropic(4, 2), scale=0.1, causal=True)
-    with pytest.raises(AttentionError, match="rows of attention"):
-        approximation(q, k, causal=True).weights(q[0], torch.arange(3), k)
+    with pytest.raises(AttentionError, match="a kernel is of keys"):
+        approximation(q, k, causal=True).kernel(k[0], torch.arange(3))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rankloom.attention import fitting
 from rankloom.attention.candidates import CANDIDATES, KINDS, Kind
 from rankloom.attention.contract import Factor
 from rankloom.attention.cost import CostModel
@@ -70,6 +71,23 @@ def test_the_fastest_that_passes(size: float) -> None:
     assert found.seconds == pytest.approx(96e-3 * width)
     with_less = fitted(size, cost=cost(width))  # now this width does not pay any more
     assert with_less.approximation is None and with_less.error > 1e-2
+
+
+@pytest.mark.parametrize("size", [0.5, 3.0])
+def test_spent_is_what_was_tried(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Screens at 1 second and certificates, of each sequence, at 100; nothing is booked that was not run."""
+    certify, tried = fitting.certify, list[float]()
+
+    def counted(*args: Any, **named: Any) -> Any:
+        tried.append(1.0 if named["rows"] == 64 else 100.0)
+        return certify(*args, **named)
+
+    monkeypatch.setattr(fitting, "certify", counted)
+    monkeypatch.setattr(fitting, "screen_seconds", lambda *_: 1.0)
+    monkeypatch.setattr(fitting, "certificate_seconds", lambda *_: 100.0)
+    found = fitted(size, samples=[sample(size), sample(size, seed=1)])
+    assert (found.approximation is None) == (size == 3.0) and found.spent == sum(tried) > 0
+    assert Fit.restore(found.state(), torch.device("cpu")).spent == 0.0
 
 
 def test_nothing_pays_and_nothing_passes() -> None:

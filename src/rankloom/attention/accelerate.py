@@ -46,6 +46,7 @@ def accelerate_attention(
     evaluate: bool = False,
     cost: CostModel | None = None,
     budget: float = 0.04,
+    total_steps: int | None = None,
     seed: int = 0,
 ) -> AcceleratedAttention:
     """Accelerate the attention heads whose norms allow it; everything else runs as it did, bit for bit.
@@ -60,6 +61,7 @@ def accelerate_attention(
         cost: predicted times, instead of those calibrated on this machine once they are paid for (some seconds).
         budget: share of the exact attention's predicted time that measurements may take, half of what was saved apart
             (:mod:`rankloom.attention.budget`).
+        total_steps: optimizer steps of the whole run, where known: nothing is begun that the rest of it will not win back.
         seed: of the rows that are sampled.
 
     Returns:
@@ -70,12 +72,13 @@ def accelerate_attention(
     """
     if not 0 < eps < 1:
         raise AttentionError(f"eps is a relative error between 0 and 1, got {eps}: try eps=1e-2")
-    for name, value in (("refresh", refresh), ("hysteresis", hysteresis), ("min_length", min_length)):
-        if not value >= 1:
+    least_one = {"refresh": refresh, "hysteresis": hysteresis, "min_length": min_length, "total_steps": total_steps}
+    for name, value in least_one.items():
+        if value is not None and not value >= 1:
             raise AttentionError(f"{name} must be at least 1, got {value}")
     if not 0 <= budget < inf:
         raise AttentionError(f"budget is a share of exact attention's time, at least 0, got {budget}: try budget=0.04")
-    account = Budget(budget, refresh, cost)
+    account = Budget(budget, refresh, cost, total_steps)
     return AcceleratedAttention(model, eps, refresh, hysteresis, Support(min_length, evaluate), account, seed)
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-from rankloom.attention.budget import HOPELESS, Budget, search_seconds, too_short
+from rankloom.attention.budget import Budget, too_short
 from rankloom.attention.fitting import Fit
+from rankloom.attention.search import search_seconds
 
 if TYPE_CHECKING:
     from rankloom.attention.heads import Layer
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Turn", "plan"]
 
 _LONGEST = 64
+_HOPELESS = 10.0  # times eps: a head whose best candidate errs so much is not about to pass
 _SLACK = 2.0  # the lengths of the next batch may differ from those of the last
 
 
@@ -46,7 +48,7 @@ class Turn:
         if found.approximation is not None:
             self.failures, self.rate = 0, found.seconds / length
         else:
-            self.failures += 1 if found.error <= HOPELESS * eps else 2
+            self.failures += 1 if found.error <= _HOPELESS * eps else 2
         self.due = step + refresh * min(2**self.failures, _LONGEST)
         self.measurements, self.waits, self.saved = self.measurements + 1, "", 0.0
 
@@ -80,7 +82,9 @@ def plan(layers: Iterable[Layer], budget: Budget, step: int) -> None:
         due = {head: turn for head, turn in layer.turns.items() if turn.due <= step}
         if due:
             cost, done = budget.model(layer.place), sum(turn.measurements for turn in layer.turns.values())
-            price = None if cost is None or too_short(cost, layer.lengths) else search_seconds(cost, layer.lengths)
+            price = None
+            if cost is not None and not too_short(cost, layer.lengths):
+                price = search_seconds(cost, layer.place[0], layer.lengths)
             reason = "calibration" if cost is None else "length"
             wishes += [_Wish(layer, head, turn, price, reason, done) for head, turn in due.items()]
     left, calibrating = budget.balance, set()

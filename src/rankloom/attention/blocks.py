@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from rankloom.attention.contract import Approximation, Factor
+from rankloom.attention.contract import Approximation, Factor, Rows
 from rankloom.attention.engine import default_chunk
 from rankloom.attention.factored import Factored, factored_kernel
 from rankloom.attention.heavy import heaviness
@@ -19,6 +19,10 @@ from rankloom.attention.precondition import Preconditioner
 from rankloom.errors import AttentionError, RecipeError
 
 __all__ = ["BlockExact", "Windowed"]
+
+
+Near = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Which keys at positions ``to`` (n,) are near to queries ``q`` (m, d) at positions ``at`` (m,): (m, n)."""
 
 
 class _NearAndFar(Approximation):
@@ -30,7 +34,7 @@ class _NearAndFar(Approximation):
     def __init__(
         self, preconditioner: Preconditioner, factor: Factor, *, scale: float, causal: bool, heavy: float
     ) -> None:
-        self._far = Factored(preconditioner, factor, scale=scale, causal=causal)
+        Factored(preconditioner, factor, scale=scale, causal=causal)  # refuses what does not go together
         self.preconditioner, self.factor, self.heavy = preconditioner, factor, heavy
         self.scale, self.causal = scale, causal
 
@@ -46,19 +50,20 @@ class _NearAndFar(Approximation):
             z = self._sums(rows, keys, u, log_weight.detach(), self._shared(k))
         return (z[..., :-1] / z[..., -1:]).to(v.dtype), z[..., -1].detach()
 
-    def weights(self, q: Tensor, at: Tensor, k: Tensor) -> Tensor:
-        with torch.autocast(q.device.type, enabled=False):
-            rows, keys, log_weight = self._coordinates(q, k)
-            shared = self._shared(k)
-            near = self._near(rows.detach(), at, keys.detach(), log_weight.detach(), shared) | shared
-            kernel = torch.where(near, (rows @ keys.mT).exp(), factored_kernel(rows, keys, self.factor))
-            if self.causal:
-                kernel = kernel.masked_fill(torch.arange(len(keys), device=at.device) > at[:, None], 0.0)
-            kernel = kernel * log_weight.exp()
-            return kernel / kernel.sum(1, keepdim=True)
+    def kernel(self, k: Tensor, to: Tensor) -> Rows:
+        fitted, shared = self.preconditioner, self._shared(k)
+        keys, log_weight = fitted.keys(k), fitted.log_weights(k)
+        near, some = self._near(keys.detach(), log_weight.detach(), shared), keys.index_select(0, to)
+        far, weight = factored_kernel(some, self.factor), log_weight.index_select(0, to).exp()
 
-    def difficulty(self, q: Tensor) -> Tensor:
-        return self._far.difficulty(q)
+        def rows(q: Tensor, at: Tensor) -> Tensor:
+            queries = fitted.queries(q)
+            with torch.autocast(q.device.type, enabled=False):
+                exact = near(queries.detach(), at, to) | shared[to]
+                kernel = torch.where(exact, (queries @ some.mT).exp(), far(queries))
+                return (kernel.masked_fill(to > at[:, None], 0.0) if self.causal else kernel) * weight
+
+        return rows
 
     def _coordinates(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         fitted = self.preconditioner
@@ -75,8 +80,8 @@ class _NearAndFar(Approximation):
         """``sum_j w_ij u_j`` for ``q`` (g, L, d) and ``u`` (L, m): (g, L, m)."""
 
     @abstractmethod
-    def _near(self, q: Tensor, at: Tensor, k: Tensor, log_weight: Tensor, shared: Tensor) -> Tensor:
-        """Which of the keys (L, d) are near to queries ``q`` (m, d) at ``at`` (m,) beside the shared ones: (m, L)."""
+    def _near(self, k: Tensor, log_weight: Tensor, shared: Tensor) -> Near:
+        """Which of the keys (L, d) are near to single queries, beside the shared ones."""
 
 
 class Windowed(_NearAndFar):
@@ -135,9 +140,8 @@ class Windowed(_NearAndFar):
             found[:, : 2 * self._chunk] = 0.0  # these meet all their keys exactly
         return found
 
-    def _near(self, q: Tensor, at: Tensor, k: Tensor, log_weight: Tensor, shared: Tensor) -> Tensor:
-        to = torch.arange(len(k), device=at.device)
-        return ((to // self._chunk - at[:, None] // self._chunk).abs() <= 1) & (self.window > 0)
+    def _near(self, k: Tensor, log_weight: Tensor, shared: Tensor) -> Near:
+        return lambda q, at, to: ((to // self._chunk - at[:, None] // self._chunk).abs() <= 1) & (self.window > 0)
 
 
 class BlockExact(_NearAndFar):
@@ -181,13 +185,12 @@ class BlockExact(_NearAndFar):
         z = near_far_sums(rows[order], k[keys], u[keys], self.factor, plan)
         return z[order.argsort()].view(*q.shape[:2], -1)
 
-    def _near(self, q: Tensor, at: Tensor, k: Tensor, log_weight: Tensor, shared: Tensor) -> Tensor:
+    def _near(self, k: Tensor, log_weight: Tensor, shared: Tensor) -> Near:
         groups = _groups(k, ~shared, self.block)
-        label = _heaviest(q, k, log_weight, groups, self.block)
         group = torch.full_like(shared, -1, dtype=torch.long)
         for c, rows in enumerate(groups):
             group[rows] = c
-        return label[:, None] == group
+        return lambda q, at, to: _heaviest(q, k, log_weight, groups, self.block)[:, None] == group[to]
 
 
 def _groups(points: Tensor, among: Tensor, most: int, sample: int = 4096) -> list[Tensor]:

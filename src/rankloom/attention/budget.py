@@ -6,53 +6,50 @@ approximations saved of that, and ``M`` what measurements and calibrations took,
 
     balance = share E + S / 2 - M,
 
-and a measurement waits until the balance covers it. The attention of a run takes ``E - S + M``, so at any time at most
-``(1 + share) E``, and at least half of what is saved stays saved.
+and a measurement waits until the balance covers what it is expected to take; booked is what it then tried. The attention of a
+run takes ``E - S + M``, so at any time about ``(1 + share) E`` at most, and at least half of what is saved stays saved.
 
 *To start with*, a head whose logits vary little is measured in advance, once, and the cost model calibrated for it, if half of
-what exact attention takes in one refresh period pays for that. The first such head whose measurement fails ends this credit
-for good, so heads that fail exceed the bound by one calibration a head geometry and one measurement at most. Heads that pass
-win their advance back within steps, but a run that ends before that has paid for it. Heads that do not look like passing get
-nothing in advance.
+what exact attention takes in one refresh period, or in the steps that the run still has where that is known to be less, pays for
+that. The first such head whose measurement fails ends this credit for good, so heads that fail exceed the bound by one
+calibration a head geometry and one measurement at most. Heads that pass win their advance back within steps, but a run of
+unknown length that ends before that has paid for it. Heads that do not look like passing get nothing in advance.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from math import comb, exp, inf
+from math import comb, exp
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rankloom.attention.candidates import MOST_FEATURES
 from rankloom.attention.cost import CostModel
-from rankloom.attention.fitting import Fit
 from rankloom.attention.precondition import Preconditioner
+from rankloom.attention.search import search_seconds
 
-__all__ = ["HOPELESS", "Budget", "Place", "booked", "calibration_pairs", "promise", "search_seconds", "too_short"]
+__all__ = ["Budget", "Place", "calibration_pairs", "promise", "too_short"]
 
 Place = tuple[int, int, int, bool, str, str]
 """What decides about time beside the length: ``(d, d_v, g, causal, device, dtype)``."""
 
-HOPELESS = 10.0
-"""A head whose best candidate errs by this many times ``eps`` is not about to pass."""
-
-# Query-key pairs of exact attention that take as long as one calibration, times d. Measured on a CPU: 0.6e10 to 4.2e10, for d
-# of 16 to 128. Elsewhere an estimate: a timed call lasts 4 ms or more, in which an accelerator does 1000 times the pairs.
-_CALIBRATION, _ACCELERATED = 3e10, 1000
-_SCREENED, _NARROWEST = 1024, 64
+# Query-key pairs of exact attention that take as long as one calibration, times d. Measured on a CPU: 1.7e10 and 2.5e10, for d
+# of 16 and 64. Elsewhere an estimate: a timed call lasts 4 ms or more, in which an accelerator does 1000 times the pairs.
+_CALIBRATION, _ACCELERATED = 2e10, 1000
+_SEARCHED = 4.0  # passes of exact attention that the search for an approximation takes, about, where one passes
 _LOOK_ROWS, _MOST_DEGREE = 256, 8
 _GRADIENTS = 10.0  # times the output's error is what gradients err by, give or take
 _TOKENS_A_FEATURE = 4  # from about so many on approximations are faster
 
 
 class Budget:
-    """The account of one run. ``trusted`` is whether heads are still measured in advance."""
+    """The account of one run, of ``total`` steps where that is known. ``trusted`` is whether heads are still measured in
+    advance."""
 
-    def __init__(self, share: float, refresh: int, given: CostModel | None) -> None:
-        self.share, self.refresh, self.given = share, refresh, given
+    def __init__(self, share: float, refresh: int, given: CostModel | None, total: int | None = None) -> None:
+        self.share, self.refresh, self.given, self.total = share, refresh, given, total
         self.costs: dict[Place, CostModel] = {}
         self.passes: dict[Place, tuple[float, float]] = {}
         self.saved = self.spent = 0.0
@@ -93,30 +90,27 @@ class Budget:
         """The times to measure a head by, within ``allowance`` seconds or in advance if it promises to pass with so many
         ``features``; or why it has to wait."""
         advance = features > 0 and self.trusted
+        ahead = self.refresh if self.total is None else min(self.refresh, self.total - steps)
         cost = self.model(place)
         if cost is None:
             pairs, ran = calibration_pairs(place), self.passes.get(place, (0.0, 0.0))[1]
-            if not (pairs <= self.share * ran or (advance and pairs <= ran / (steps + 1) * self.refresh / 2)):
+            if not (pairs <= self.share * ran or (advance and pairs <= ran / (steps + 1) * (ahead / 2 - _SEARCHED))):
                 return "calibration"
             cost = self.costs[place] = calibrate()
             self.spent += cost.quadratic[1] * pairs
             allowance = min(allowance, max(self.balance, 0.0))
         if too_short(cost, lengths):
             return "length"
-        price = search_seconds(cost, lengths)
-        if price <= allowance:
+        if search_seconds(cost, place[0], lengths) <= allowance:
             return cost
-        if advance and _expected(cost, lengths, features) <= sum(map(cost.exact, lengths)) * self.refresh / 2:
+        lent = sum(map(cost.exact, lengths)) * ahead / 2
+        if advance and search_seconds(cost, place[0], lengths, features=features) <= lent:
             return cost
         return "budget"
 
     def calibrates(self, place: Place) -> bool:
         """Whether a calibration that nobody lends for is paid for."""
         return calibration_pairs(place) <= self.share * self.passes.get(place, (0.0, 0.0))[1]
-
-    def pay(self, cost: CostModel, lengths: Sequence[int], found: Fit, eps: float) -> None:
-        """Book a measurement by what it found."""
-        self.spent += booked(cost, lengths, found, eps)
 
     def report(self) -> dict[str, Any]:
         """The account, in predicted seconds."""
@@ -138,44 +132,6 @@ class Budget:
 def too_short(cost: CostModel, lengths: Sequence[int]) -> bool:
     """Whether no factor, however narrow, is faster than exact attention on sequences of these lengths."""
     return not any(cost.widest(max(lengths), kind, most=1) for kind in cost.linear)
-
-
-def search_seconds(cost: CostModel, lengths: Sequence[int], *, within: float = inf, certified: bool = True) -> float:
-    """About what :func:`~rankloom.attention.fitting.fit` takes for one head.
-
-    With ``a(n, w)`` the approximation's time of width ``w``, over all kinds and widths (64, 128, ... 4096) that are worth using
-    at the longest length and no slower than ``within``,
-
-        (2 + 6 / g) sum_w [ a(1024, w) + 1/2 sum_n a(n, w) ],
-
-    as a certificate evaluates the approximation and forms its keys' features for each batch of rows (shared by the ``g`` query
-    heads), every candidate is screened, and half of them (none unless ``certified``) are certified at full length. That is more
-    than it takes: 1.0 to 4 times (``bench/limits_overhead.py``).
-    """
-    longest = max(lengths)
-    screened = -(-longest // max(1, longest // _SCREENED))
-    limit, total = min(cost.worth(longest), within), 0.0
-    for kind in cost.linear:
-        width = _NARROWEST
-        while width <= MOST_FEATURES and cost.approximate(longest, width, kind) <= limit:
-            total += cost.approximate(screened, width, kind)
-            total += certified * sum(cost.approximate(n, width, kind) for n in lengths) / 2
-            width *= 2
-    return (2 + 6 / cost.group) * total
-
-
-def booked(cost: CostModel, lengths: Sequence[int], found: Fit, eps: float) -> float:
-    """What a search took by what it found: all candidates as fast as that, its own certificate at the least."""
-    if found.approximation is None:
-        return search_seconds(cost, lengths, certified=found.error <= HOPELESS * eps)
-    last = (2 + 6 / cost.group) * found.seconds * sum(lengths) / max(lengths)
-    return max(last, search_seconds(cost, lengths, within=found.seconds))
-
-
-def _expected(cost: CostModel, lengths: Sequence[int], features: int) -> float:
-    """A search that ends, after screens only, with the first certificate of so many features."""
-    last = [cost.approximate(n, features, "isotropic") for n in lengths]
-    return search_seconds(cost, lengths, within=max(last), certified=False) + (2 + 6 / cost.group) * sum(last)
 
 
 @torch.no_grad()

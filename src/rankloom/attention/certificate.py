@@ -8,7 +8,9 @@ most of the error is in. :mod:`rankloom.attention.strata` draws them by ``approx
 
 **Summed over rows** (dK, dV and all adapter factors): the error is ``D = sum_i D_i``, ``D_i`` being what row ``i`` adds to the
 exact gradient less what it adds to the approximate one, at the same output gradient. ``|D|^2`` is estimated without bias from
-products of independent replicates of the sample (:func:`rankloom.attention.strata.sum_of_rows`).
+products of independent replicates of the sample (:func:`rankloom.attention.strata.sum_of_rows`). dK and dV have a row for every
+key, and such products are sums over keys: some of these, drawn in strata like the rows, say as much about them as all do, and
+the features of wide factors are formed for no others.
 
 Errors are relative to the approximate tensor, which is known exactly; as ``|exact| >= |approximate| - error``, an absolute
 limit ``u`` is the relative limit ``u / (|approximate| - u)``, infinite where the approximate tensor is no larger than its error.
@@ -23,7 +25,7 @@ Setting: arXiv 2406.03136.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -35,9 +37,11 @@ from rankloom.attention.rows import Rows
 from rankloom.attention.strata import FEWEST, Sample, SumOfRows, stratify, sum_of_rows, total
 from rankloom.errors import AttentionError
 
-__all__ = ["Certificate", "Estimate", "certify"]
+__all__ = ["KEYS", "Certificate", "Estimate", "certify"]
 
 _ROWS, _SHARE = 256, 256  # by default one row in so many, and no more than 256
+KEYS = 3072
+"""At which dK and dV are compared."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Estimate:
     """A relative Frobenius error and its upper limit; for gradients that are sums over rows, also what would correct them.
 
     ``correction`` is to be added to the approximate gradient, and ``residual`` is the relative error expected after that. Both
-    are None where it would not help, and for dQ, each row of which is one row's alone.
+    are None where it would not help, where only some keys were compared, and for dQ, each row of which is one row's alone.
     """
 
     error: float
@@ -86,6 +90,7 @@ def certify(
     gradients: tuple[Tensor, Tensor, Tensor] | None = None,
     projections: Mapping[str, Projection] | None = None,
     rows: int | None = None,
+    keys: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Certificate:
     """The error of ``approximation`` on ``q`` (g, L, d), ``k`` (L, d), ``v`` (L, d_v), against exact attention.
@@ -95,17 +100,24 @@ def certify(
     ``projections`` for any of ``q, k, v`` the ``dA_n`` and ``dB_n`` of those.
 
     ``rows`` are by default ``g L / 256``, at least 64 and at most 256; a head that has no more than ``rows`` is computed exactly.
+    dK and dV are compared at ``keys`` of the keys, by default 3072; ``keys=L`` for a ``correction`` of them. With ``projections``
+    it is all keys, as the gradient of a factor is a sum over them.
     Half precision is certified in float32. Time ``O(rows L d)`` plus the approximation's own dense rows, for which a factor whose
-    kernel is no function of the logits forms its features anew for each of nine samples: ``O((rows + 9) L width)``. Memory
-    ``O(2^21 + 8 L (d + d_v))``, or with ``projections`` ``O(2^21 + L (d + d_v))`` and the projections' inputs.
+    kernel is no function of the logits forms its features of the compared keys, and pulls nine gradients back through them:
+    ``O((rows + 9) keys width)``. Memory ``O(2^21 + 4096 width + (18 keys + L) (d + d_v))``, and the projections' inputs.
 
     The certificate fails, with a reason, where a denominator is not positive or anything is not finite. Raises
-    :class:`AttentionError` for shapes that do not fit, ``q, k, v, grad`` that are not finite, and ``rows < 64``.
+    :class:`AttentionError` for shapes that do not fit, ``q, k, v, grad`` that are not finite, ``out`` without ``denominators``,
+    fewer than 64 ``rows`` or ``keys``, or ``projections`` with some ``keys``.
     """
-    _check(q, k, v, grad, projections, rows)
+    _check(q, k, v, grad, projections, rows, keys)
     q, k, v = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v))
     if out is None or (grad is not None and gradients is None):
         out, denominators, gradients = _run(approximation, q, k, v, grad)
+    if denominators is None:
+        raise AttentionError(
+            "a certificate of an output needs its denominators too: pass both as the approximation returned them"
+        )
     known = {"output": out.detach()}
     if grad is not None and gradients is not None:
         grad = grad.detach().to(q.dtype)
@@ -115,11 +127,15 @@ def certify(
 
     count = q.shape[0] * q.shape[1]
     sample = stratify(_difficulty(approximation, q, grad), rows or max(FEWEST, min(_ROWS, count // _SHARE)), generator)
-    estimates = _estimates(Rows(approximation, q, k, v, known, grad, projections or {}), sample, known)
+    compared = _compared(k, known, len(k) if projections else keys or KEYS, generator)
+    order = compared.index.argsort()
+    made = known | {"denominators": denominators.detach().to(q.dtype)}
+    head = Rows(approximation, q, k, v, made, grad, projections or {}, compared.index[order])
+    estimates = _estimates(head, sample, compared, order.argsort(), known)
     if bad := [name for name, estimate in estimates.items() if math.isnan(estimate.error)]:
         return Certificate(math.inf, math.inf, reason=f"exact or approximate rows are not finite in {', '.join(bad)}")
     output = estimates.pop("output")
-    return Certificate(output.error, output.upper, estimates, sample.top.numel() + sample.drawn.numel())
+    return Certificate(output.error, output.upper, estimates, len(sample.index))
 
 
 def _run(
@@ -135,21 +151,22 @@ def _run(
     return out, denominators, (dq, dk, dv)
 
 
-def _estimates(head: Rows, sample: Sample, known: dict[str, Tensor]) -> dict[str, Estimate]:
-    """Of everything, from the rows of the sample."""
-    top, sums = head.differences(sample.top, torch.ones_like(sample.top, dtype=head.k.dtype))
-    replicates = {name: t.repeat(max(1, len(sample.drawn)), *[1] * t.ndim) for name, t in sums.items()}
-    drawn = {name: t.new_empty(sample.drawn.shape) for name, t in top.items()}
-    for i, replicate in enumerate(sample.drawn):
-        squares, sums = head.differences(replicate.flatten(), sample.weights.flatten().to(head.k.dtype))
-        for name, t in squares.items():
-            drawn[name][i] = t.view(replicate.shape)
-        for name, t in sums.items():
-            replicates[name][i] += t
+def _estimates(
+    head: Rows, sample: Sample, compared: Sample, place: Tensor, known: dict[str, Tensor]
+) -> dict[str, Estimate]:
+    """Of everything, from the rows of the sample; ``place`` is where the head has the compared keys."""
+    weights = [torch.ones_like(sample.top, dtype=head.k.dtype)]
+    weights += [sample.weights.flatten().to(head.k.dtype)] * len(sample.drawn)
+    (top, sums), *rest = head.differences([sample.top, *sample.drawn.flatten(1)], weights)
+    drawn = {n: torch.cat([t, *(squares[n] for squares, _ in rest)]) for n, t in top.items()}
+    replicates = {n: t + torch.stack([s[n] for _, s in rest]) if rest else t[None] for n, t in sums.items()}
+    estimates = {n: _relative(known[n], *total(sample, *sample.parts(t))) for n, t in drawn.items()}
+    if len(compared.sizes):
+        found = {name: sum_of_rows(t[:, place], compared) for name, t in replicates.items()}
+        return estimates | {n: _relative(known[n], s.squared_norm, s.upper) for n, s in found.items()}
     if replicates:
         known = known | head.sums(known["dQ"], known["dK"], known["dV"])
-    estimates = {name: _relative(known[name], *total(sample, top[name], drawn[name])) for name in top}
-    return estimates | {n: _corrected(known[n], sum_of_rows(values)) for n, values in replicates.items()}
+    return estimates | {name: _corrected(known[name], sum_of_rows(t)) for name, t in replicates.items()}
 
 
 def _difficulty(approximation: Approximation, q: Tensor, grad: Tensor | None) -> Tensor:
@@ -163,7 +180,20 @@ def _difficulty(approximation: Approximation, q: Tensor, grad: Tensor | None) ->
         scores.append(scores[0] * torch.arange(1, q.shape[1] + 1, device=q.device).rsqrt())
     if grad is not None:
         scores.append(scores[-1] * grad.norm(dim=-1))
-    ranks = torch.arange(scores[0].numel(), device=q.device)
+    return _highest_ranks(scores)
+
+
+def _compared(k: Tensor, known: Mapping[str, Tensor], keys: int, generator: torch.Generator | None) -> Sample:
+    """Some keys: above all those with large gradients, or far from the mean, where kernels are hard to approximate."""
+    if len(k) <= keys or "dK" not in known:
+        every = torch.arange(len(k), device=k.device)
+        return Sample(every, every.new_empty(0, 0, 0), k.new_empty(0))
+    ranks = _highest_ranks([t.norm(dim=-1) for t in (k - k.mean(0), known["dK"], known["dV"])])
+    return stratify(ranks, keys, generator, replicates=1)
+
+
+def _highest_ranks(scores: Sequence[Tensor]) -> Tensor:
+    ranks = torch.arange(scores[0].numel(), device=scores[0].device)
     return torch.stack([torch.empty_like(ranks).index_copy_(0, t.flatten().argsort(), ranks) for t in scores]).amax(0)
 
 
@@ -183,18 +213,20 @@ def _corrected(approximate: Tensor, found: SumOfRows) -> Estimate:
     return replace(plain, correction=found.mean, residual=math.sqrt(max(found.variance, 0.0)) / norm)
 
 
-def _invalid(known: Mapping[str, Tensor], denominators: Tensor | None) -> str | None:
-    if denominators is not None:
-        bad = int((~((denominators > 0) & denominators.isfinite())).sum())
-        if bad:
-            return (
-                f"{bad} of {denominators.numel()} denominators are not positive and finite: the logits are out of range"
-            )
+def _invalid(known: Mapping[str, Tensor], denominators: Tensor) -> str | None:
+    if bad := int((~((denominators > 0) & denominators.isfinite())).sum()):
+        return f"{bad} of {denominators.numel()} denominators are not positive and finite: the logits are out of range"
     return next((f"the approximate {name} is not finite" for name, t in known.items() if not t.isfinite().all()), None)
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, grad: Tensor | None, projections: Mapping[str, Projection] | None, rows: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad: Tensor | None,
+    projections: Mapping[str, Projection] | None,
+    rows: int | None,
+    keys: int | None,
 ) -> None:
     if q.ndim != 3 or k.shape != q.shape[1:] or v.ndim != 2 or len(v) != len(k):
         shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
@@ -203,8 +235,11 @@ def _check(
         raise AttentionError(f"the output's gradient is {(*q.shape[:2], v.shape[1])}, not {tuple(grad.shape)}")
     if unknown := set(projections or ()) - {"q", "k", "v"}:
         raise AttentionError(f"projections are named q, k and v, not {', '.join(sorted(unknown))}")
-    if rows is not None and rows < FEWEST:
-        raise AttentionError(f"a certificate needs at least {FEWEST} rows, not {rows}")
+    for name, count in {"rows": rows, "keys": keys}.items():
+        if count is not None and count < FEWEST:
+            raise AttentionError(f"a certificate needs at least {FEWEST} {name}, not {count}")
+    if projections and keys is not None and keys < len(k):
+        raise AttentionError(f"gradients of factors are sums over all {len(k)} keys: leave keys={keys} out")
     for name, t in {"q": q, "k": k, "v": v, "grad": grad}.items():
         if t is not None and not t.isfinite().all():
             raise AttentionError(f"{name} is not finite: look for what made it so before asking for its attention")

@@ -7,12 +7,16 @@ Shapes throughout: ``g`` query heads share one key head; ``q`` is (g, L, d), ``k
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from torch import Tensor
 
 from rankloom.attention.precondition import Preconditioner
 
-__all__ = ["Approximation", "Factor"]
+__all__ = ["Approximation", "Factor", "Rows"]
+
+Rows = Callable[[Tensor, Tensor], Tensor]
+"""From queries ``q`` (m, d) at the positions ``at`` (m,) to their dense rows (m, n)."""
 
 
 class Factor(ABC):
@@ -53,11 +57,12 @@ class Approximation(ABC):
         positive and finite has no valid output."""
 
     @abstractmethod
-    def weights(self, q: Tensor, at: Tensor, k: Tensor) -> Tensor:
-        """The normalised attention rows (m, L) that :meth:`__call__` amounts to, for single queries ``q`` (m, d) at the
-        positions ``at`` (m,): dense, differentiable in ``q`` and ``k``; for certificates and tests. Where causal, keys
-        after all of ``at`` may be left out."""
+    def kernel(self, k: Tensor, to: Tensor) -> Rows:
+        """The kernel that :meth:`__call__` amounts to, before its rows are divided by their denominators, at the positions ``to``
+        (n,) of all keys ``k`` (L, d): what gives the rows of single queries, 0 where masked, differentiable in ``q`` and ``k``.
+        For certificates and tests. What many queries share, as features of keys, is computed once and held: O(width n)."""
 
-    @abstractmethod
     def difficulty(self, q: Tensor) -> Tensor:
-        """What grows with a query row's expected error (its norm in the factor's coordinates): (g, L)."""
+        """What grows with a query row's expected error, 0 for rows without one: (g, L). Here the row's norm in the factor's
+        coordinates."""
+        return self.preconditioner.queries(q.detach()).norm(dim=-1)

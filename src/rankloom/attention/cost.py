@@ -5,7 +5,7 @@ One forward and backward pass of ``g`` query heads that share a key head, in sec
     exact(L)       = b L + c L^2                       scaled_dot_product_attention
     approximate(L) = a + L r(k) + s p L^2              k features, chunk by chunk, and a share s of the keys exactly
 
-``b, c`` come from two lengths; ``a, r`` from two lengths at each of a few widths of each kind of candidate, ``r`` linear
+``b, c`` come from two lengths; ``a, r`` from two lengths at a narrow and a wide candidate of each kind, ``r`` linear
 between them and proportional to ``k`` beyond the widest; ``p`` from the difference that a large share makes. Of a few rounds
 of calls the fastest counts: another program on the machine can only slow a call down. The approximation's time holds its
 preconditioner, not its certificate.
@@ -34,7 +34,7 @@ __all__ = ["KINDS", "MARGIN", "CostModel", "Kind", "calibrate"]
 _WIDE = 1024  # wider ones cost in proportion,
 _WIDEST = 2200  # but one size alone says nothing: the degree-2 polynomial of a 64-dimensional head is the next
 _SHARE = 0.5  # of the keys, for an exact part large enough to time
-_ROUNDS = 3
+_ROUNDS = 2
 MARGIN = 1.1
 """An approximation has to be predicted this many times as fast as exact attention before it is used: predictions err too."""
 _LEAST_SECONDS = 4e-3  # a shorter call times the launch instead of the work
@@ -181,11 +181,11 @@ def _calibrate(
 
 
 def _few(candidates: Candidates, dim: int, tokens: int) -> list[int]:
-    """A narrow, a middling and a wide one."""
+    """A narrow and a wide one: a feature more costs about as much whatever their number."""
     sizes = candidates.sizes(dim, _WIDE, tokens)
     if len(sizes) < 2:
         sizes = candidates.sizes(dim, max(_WIDEST, dim + 1), tokens)
-    return sorted({sizes[0], sizes[len(sizes) // 2], sizes[-1]})
+    return sorted({sizes[0], sizes[-1]})
 
 
 def _ascending(points: Iterable[tuple[int, float, float]]) -> tuple[tuple[int, float, float], ...]:

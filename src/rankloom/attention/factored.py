@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rankloom.attention.contract import Approximation, Factor
+from rankloom.attention.contract import Approximation, Factor, Rows
 from rankloom.attention.engine import default_chunk, factored_attention
 from rankloom.attention.polynomial import Isotropic
 from rankloom.attention.precondition import Preconditioner
+from rankloom.attention.sweeps import columns
 from rankloom.errors import AttentionError, CompositionError
 
 __all__ = ["Factored", "factored_kernel"]
@@ -48,66 +50,78 @@ class Factored(Approximation):
             p.queries(q), p.keys(k), v, p.log_weights(k), self.factor, causal=self.causal, chunk=self.chunk
         )
 
-    def weights(self, q: Tensor, at: Tensor, k: Tensor) -> Tensor:
-        if q.dim() != 2 or k.dim() != 2 or at.shape != q.shape[:1]:
+    def kernel(self, k: Tensor, to: Tensor) -> Rows:
+        if k.dim() != 2 or to.dim() != 1:
             raise AttentionError(
-                f"rows of attention are of queries (m, d) at positions (m,) over keys (L, d); "
-                f"got {tuple(q.shape)}, {tuple(at.shape)} and {tuple(k.shape)}"
+                f"a kernel is of keys (L, d) at positions (n,); got {tuple(k.shape)} and {tuple(to.shape)}"
             )
-        queries, keys = self.preconditioner.queries(q), self.preconditioner.keys(k)
-        with torch.autocast(q.device.type, enabled=False):
-            kernel = factored_kernel(queries, keys, self.factor)
-            if self.causal:
-                kernel = self._mask(kernel, queries, keys, at)
-            kernel = kernel * self.preconditioner.log_weights(k).exp()
-            return kernel / kernel.sum(-1, keepdim=True)
+        keys, weight = self.preconditioner.keys(k.index_select(0, to)), self.preconditioner.log_weights(k)[to].exp()
+        far = factored_kernel(keys, self.factor)
 
-    def _mask(self, kernel: Tensor, queries: Tensor, keys: Tensor, at: Tensor) -> Tensor:
+        def rows(q: Tensor, at: Tensor) -> Tensor:
+            queries = self.preconditioner.queries(q)
+            with torch.autocast(q.device.type, enabled=False):
+                kernel = far(queries)
+                return (self._mask(kernel, queries, at, keys, to) if self.causal else kernel) * weight
+
+        return rows
+
+    def _mask(self, kernel: Tensor, queries: Tensor, at: Tensor, keys: Tensor, to: Tensor) -> Tensor:
         """0 after the query, exact where query and key share a chunk."""
-        kernel = kernel.masked_fill(torch.arange(len(keys), device=keys.device) > at[:, None], 0.0)
-        within = at % self.chunk
-        row, offset = (torch.arange(self.chunk, device=at.device) <= within[:, None]).nonzero().unbind(1)
-        key = (at - within)[row] + offset
+        future = to > at[:, None]
+        row, key = (to // self.chunk == at[:, None] // self.chunk).logical_and_(~future).nonzero().unbind(1)
         near = (queries.index_select(0, row) * keys.index_select(0, key)).sum(1).exp()
-        return kernel.index_put((row, key), near)
+        return kernel.masked_fill(future, 0.0).index_put((row, key), near)
 
     def difficulty(self, q: Tensor) -> Tensor:
-        return self.preconditioner.queries(q.detach()).norm(dim=-1)
+        found = super().difficulty(q)
+        if self.causal:
+            found[:, : self.chunk] = 0.0  # these meet all their keys exactly
+        return found
 
 
 class _Kernel(torch.autograd.Function):
-    """See :func:`factored_kernel`. Features of the keys are formed by chunk, in both directions."""
+    """``mixed^T features`` for ``mixed = M phi(q)`` and ``features = phi(k)``; the way back goes by chunks of keys."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, factor: Factor) -> Tensor:
-        ctx.save_for_backward(q, k)
+    def forward(ctx: Any, q: Tensor, k: Tensor, features: Tensor, factor: Factor) -> Tensor:
+        mixed = factor.mix(factor.features(columns(q)))
+        ctx.save_for_backward(q, k, mixed, features)
         ctx.factor = factor
-        mixed = factor.mix(factor.features(q.mT.contiguous()))
-        out = q.new_empty(len(q), len(k))
-        for a in range(0, len(k), step := default_chunk(factor, causal=False)):
-            out[:, a : a + step] = mixed.mT @ factor.features(k[a : a + step].mT.contiguous())
-        return out
+        return mixed.mT @ features
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (q, k), factor = ctx.saved_tensors, ctx.factor
-        x = q.mT.contiguous()
-        phi = factor.features(x)
-        mixed, back, grad_k = factor.mix(phi), torch.zeros_like(phi), torch.empty_like(k)
-        for a in range(0, len(k), step := default_chunk(factor, causal=False)):
-            keys, g = k[a : a + step].mT.contiguous(), grad[:, a : a + step]
-            features = factor.features(keys)
-            if ctx.needs_input_grad[0]:
-                back.addmm_(features, g.mT)
-            grad_k[a : a + step] = factor.pull_back(keys, features, mixed @ g).mT
-        grad_q = factor.pull_back(x, phi, factor.mix(back)).mT if ctx.needs_input_grad[0] else None
-        return grad_q, grad_k, None
+        (q, k, mixed, features), factor, grad_q, grad_k = ctx.saved_tensors, ctx.factor, None, None
+        if ctx.needs_input_grad[0]:
+            x = columns(q)
+            grad_q = factor.pull_back(x, factor.features(x), factor.mix(features @ grad.mT)).mT
+        if ctx.needs_input_grad[1]:
+            grad_k = torch.empty_like(k)
+            for a, b in _spans(k, factor):
+                grad_k[a:b] = factor.pull_back(columns(k[a:b]), features[:, a:b], mixed @ grad[:, a:b]).mT
+        return grad_q, grad_k, None, None
 
 
-def factored_kernel(q: Tensor, k: Tensor, factor: Factor) -> Tensor:
-    """``phi(q)^T M phi(k)`` densely, (m, L), for a few queries ``q`` (m, dim) and many keys ``k`` (L, dim), differentiable."""
+def _spans(k: Tensor, factor: Factor) -> list[tuple[int, int]]:
+    step = default_chunk(factor, causal=False)
+    return [(a, min(a + step, len(k))) for a in range(0, len(k), step)]
+
+
+def factored_kernel(k: Tensor, factor: Factor) -> Callable[[Tensor], Tensor]:
+    """``phi(q)^T M phi(k)`` densely, (m, n), of queries ``q`` (m, dim), for keys ``k`` (n, dim); differentiable in both.
+
+    The keys' features are formed once and held, width n numbers; a polynomial of the logits needs none.
+    """
     if isinstance(factor, Isotropic):
-        return factor.kernel(q @ k.mT)
-    out: Tensor = _Kernel.apply(q, k, factor)
-    return out
+        return lambda q: factor.kernel(q @ k.mT)
+    features = k.new_empty(factor.width, len(k))
+    for a, b in _spans(k, factor):
+        features[:, a:b] = factor.features(columns(k[a:b].detach()))
+
+    def rows(q: Tensor) -> Tensor:
+        out: Tensor = _Kernel.apply(q, k, features, factor)
+        return out
+
+    return rows

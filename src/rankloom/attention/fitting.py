@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from math import inf, isfinite
 from typing import Any
@@ -13,17 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankloom.attention.candidates import CANDIDATES, MOST_FEATURES, Kind, hopeless
+from rankloom.attention.candidates import CANDIDATES, Kind, hopeless
 from rankloom.attention.certificate import certify
 from rankloom.attention.contract import Approximation
 from rankloom.attention.cost import CostModel
 from rankloom.attention.precondition import Preconditioner
+from rankloom.attention.search import ROWS, SCREEN_ROWS, candidates, certificate_seconds, screen_seconds, screen_step
 
 __all__ = ["Fit", "Sample", "fit"]
 
-# Hopeless candidates are told apart on a thinned head and few rows, at a cost that does not grow with the length.
-_SCREEN_TOKENS, _SCREEN_ROWS, _ROWS = 1024, 64, 256
-_HOPELESS, _LOOSE = 1.5, 4.0  # times the threshold there: the estimate, and its upper limit
+_HOPELESS, _LOOSE = 1.5, 4.0  # times the threshold, in a screen: the estimate, and its upper limit
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,8 @@ class Fit:
     """What a head does until its next refresh: use ``approximation`` from ``length`` tokens on, or attend exactly.
 
     ``error`` is the certified upper limit (of the rejected candidate that came closest, where all were rejected), ``seconds``
-    the predicted time at the length fitted to, ``choice`` the kind and what it is built from again.
+    the predicted time at the length fitted to, ``choice`` the kind and what it is built from again. ``spent`` are the predicted
+    seconds of everything that was tried to find it.
     """
 
     reason: str
@@ -55,6 +55,7 @@ class Fit:
     length: float = inf
     seconds: float = 0.0
     choice: tuple[Kind, Any] | None = None
+    spent: float = 0.0
 
     def state(self) -> dict[str, Any]:
         """What the fit can be made from again, as tensors and plain values."""
@@ -103,13 +104,13 @@ def fit(
         torch.cat([rows.flatten(0, -2) for rows in both]) for both in zip(*((s.q, s.k) for s in samples), strict=True)
     )
     preconditioner = Preconditioner.fit(q, k, scale, generator=generator)
-    length = max(len(sample.k) for sample in samples)
-    step = max(1, len(samples[0].k) // _SCREEN_TOKENS)
+    step, dim = screen_step(len(samples[0].k)), k.shape[1]
     screen, seen = samples[0].thin(step), defaultdict[Kind, list[float]](list)
     closest = Fit("no factor is faster at this length")
-    candidates = _candidates(k, length, cost)
-    ahead, dropped = Counter(kind for _, kind, _ in candidates), set[Kind]()
-    for seconds, kind, size in candidates:
+    lengths, spent = [len(sample.k) for sample in samples], 0.0
+    worthwhile = candidates(cost, dim, lengths)
+    ahead, dropped = Counter(candidate.kind for candidate in worthwhile), set[Kind]()
+    for seconds, kind, size, width in worthwhile:
         ahead[kind] -= 1
         if kind in dropped:
             continue
@@ -117,31 +118,21 @@ def fit(
         threshold = eps if unchanged else eps / hysteresis
         choice = CANDIDATES[kind].choose(size, preconditioner, k, generator)
         build = partial(CANDIDATES[kind].build, choice, preconditioner, causal=causal)
-        error, upper = _errors(build(step=step), [screen], _SCREEN_ROWS, generator)
+        error, upper = _errors(build(step=step), [screen], SCREEN_ROWS, generator)
+        spent += screen_seconds(cost, lengths[0], width, kind)
         seen[kind].append(error)
         if len(seen[kind]) > 2 and hopeless(seen[kind][-3], error, ahead[kind] / 2, threshold):
             dropped.add(kind)
         if error <= _HOPELESS * threshold and upper <= _LOOSE * threshold:
             approximation = build()
-            _, error = _errors(approximation, samples, _ROWS, generator)
+            _, error = _errors(approximation, samples, ROWS, generator)
+            spent += sum(certificate_seconds(cost, n, width, kind) for n in lengths)
             if error <= threshold:
-                width = CANDIDATES[kind].width(k.shape[1], size)
-                length_from = cost.break_even(width, kind)
-                return Fit(f"{kind} {width}", approximation, error, length_from, seconds, (kind, choice))
+                length = cost.break_even(width, kind)
+                return Fit(f"{kind} {width}", approximation, error, length, seconds, (kind, choice), spent)
         if error < closest.error or closest.error == inf:
             closest = Fit("certificate", error=error)
-    return closest
-
-
-def _candidates(k: Tensor, length: int, cost: CostModel) -> list[tuple[float, Kind, int]]:
-    """Predicted seconds, kind and size of everything that is worth its certificate, fastest first."""
-    tokens, dim = k.shape
-    timed = [
-        (cost.approximate(length, candidates.width(dim, size), kind), kind, size)
-        for kind, candidates in CANDIDATES.items()
-        for size in candidates.sizes(dim, MOST_FEATURES, tokens)
-    ]
-    return sorted(candidate for candidate in timed if candidate[0] < cost.worth(length))
+    return replace(closest, spent=spent)
 
 
 def _errors(

@@ -159,7 +159,7 @@ class Layer:
                     hysteresis=hysteresis,
                     generator=generator,
                 )
-                budget.pay(cost, given.lengths, found, eps)
+                budget.spent += found.spent
                 budget.trusted &= not turn.promised or found.approximation is not None
                 turn.measured(found, step=step, refresh=refresh, eps=eps, length=max(given.lengths))
 

@@ -5,14 +5,14 @@ With the exact attention row ``P_i`` (arXiv 2406.03136 writes f), the output's g
     O_i = P_i V,   T_i = P_i o (V G_i - G_i . O_i),   dQ_i = scale T_i K,
     dK = scale sum_i w_i T_i^T Q_i,   dV = sum_i w_i P_i^T G_i
 
-and the same sums of the approximate rows follow by differentiating them. Causal rows are taken with the keys up to their last
-one, in the order of their positions: half of the work where they lie anywhere.
+and the same sums of the approximate rows, at their known denominators, follow by differentiating the approximate kernel. Causal
+rows are taken with the keys up to their last one, in the order of their positions: half of the work where they lie anywhere.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,14 +22,16 @@ from rankloom.attention.projection import Projection
 
 __all__ = ["Rows"]
 
-_LOGITS = 2**21  # rows x L at once
+_PAIRS = 2**20  # of rows and keys at once
+_KEYS = 4096  # keys at once, whose features are formed once for all rows
 _CACHED = 2**17  # logits of exact rows at once, which half a dozen passes go over: they stay in a core's L2 cache
 
 
 class Rows:
     """One head's exact rows less its approximate ones, for ``q`` (g, L, d), ``k`` (L, d) and ``v`` (L, d_v).
 
-    ``known`` holds the approximate ``output``, and with ``grad`` (g, L, d_v) also ``dQ``.
+    ``known`` holds the approximate ``output``, and with ``grad`` (g, L, d_v) also ``dQ`` and the ``denominators``. dK and dV are
+    compared at the positions ``keys`` (n,), ascending; all of them for ``projections``.
     """
 
     def __init__(
@@ -41,33 +43,41 @@ class Rows:
         known: Mapping[str, Tensor],
         grad: Tensor | None,
         projections: Mapping[str, Projection],
+        keys: Tensor,
     ) -> None:
-        self.approximation, self.k, self.v = approximation, k, v
+        self.approximation, self.k, self.v, self.keys = approximation, k, v, keys
         self.projections = {n: p.to(k.dtype) for n, p in projections.items()}
         self.heads, self.length = q.shape[:2]
         self.q, self.out = q.flatten(0, 1), known["output"].flatten(0, 1)
         self.grad = None if grad is None else grad.flatten(0, 1)
         self.dq = None if grad is None else known["dQ"].flatten(0, 1)
+        self.denominators = None if grad is None else known["denominators"].flatten()
 
-    def differences(self, index: Tensor, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Over the rows ``index`` (n,): squared errors (n,) of what is per row, sums with ``weight`` (n,) of what is a sum."""
-        order = (index % self.length).argsort()
-        index, weight = index[order], weight[order]
-        out, dq, dk, dv = self._exact(index, weight)
-        squares = {"output": _squares(out - self.out[index])}
-        sums = {}
-        if self.grad is not None and self.dq is not None:
-            approximate_dk, approximate_dv = self._approximate(index, weight)
-            dq -= self.dq[index]
-            if not self.projections:
-                squares["dQ"] = _squares(dq)
-            by_head = dq.new_zeros(self.heads, *dq.shape)
-            by_head[index // self.length, torch.arange(len(index), device=index.device)] = dq * weight[:, None]
-            sums = self.sums(by_head, dk - approximate_dk, dv - approximate_dv, index % self.length)
-        return {name: torch.empty_like(t).index_copy_(0, order, t) for name, t in squares.items()}, sums
+    def differences(
+        self, samples: Sequence[Tensor], weights: Sequence[Tensor]
+    ) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """Over the rows (m,) of each sample: squared errors (m,) of what is per row, sums with ``weights`` (m,) of what is a
+        sum."""
+        approximate = None if self.grad is None else self._approximate(samples, weights)
+        found = []
+        for number, (index, weight) in enumerate(zip(samples, weights, strict=True)):
+            order = (index % self.length).argsort()
+            index, weight = index[order], weight[order]
+            out, dq, dk, dv = self._exact(index, weight)
+            squares, sums = {"output": _squares(out - self.out[index])}, dict[str, Tensor]()
+            if self.dq is not None and approximate is not None:
+                dq -= self.dq[index]
+                if not self.projections:
+                    squares["dQ"] = _squares(dq)
+                by_head = dq.new_zeros(self.heads, *dq.shape)
+                by_head[index // self.length, torch.arange(len(index), device=index.device)] = dq * weight[:, None]
+                dk, dv = (exact - of_all[number] for exact, of_all in zip((dk, dv), approximate, strict=True))
+                sums = self.sums(by_head, dk, dv, index % self.length)
+            found.append(({name: torch.empty_like(t).index_copy_(0, order, t) for name, t in squares.items()}, sums))
+        return found
 
     def sums(self, dq: Tensor, dk: Tensor, dv: Tensor, at: Tensor | None = None) -> dict[str, Tensor]:
-        """The gradients that are sums over rows, from ``dq`` (g, n, d) at the positions ``at`` (n,), ``dk`` and ``dv`` (L, .)."""
+        """The gradients that are sums over rows, from ``dq`` (g, m, d) at the positions ``at`` (m,), ``dk`` and ``dv`` (n, .)."""
         if not self.projections:
             return {"dK": dk, "dV": dv}
         parts = {"q": (dq, at), "k": (dk[None], None), "v": (dv[None], None)}
@@ -75,12 +85,13 @@ class Rows:
         return {f"{factor}_{n}": t for n, pair in named.items() for factor, t in zip(("dA", "dB"), pair, strict=True)}
 
     def _exact(self, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The rows (n, .) of the output and of dQ, and the weighted sums dK and dV; zero without an output gradient."""
+        """The rows (m, .) of the output and of dQ, and the weighted sums dK and dV; zero without an output gradient."""
         out, dq = self.v.new_empty(len(index), self.v.shape[1]), self.q.new_zeros(len(index), self.q.shape[1])
-        dk, dv, scale = torch.zeros_like(self.k), torch.zeros_like(self.v), self.approximation.scale
+        dk, dv = self._empty_sums()
+        scale = self.approximation.scale
         for part in torch.arange(len(index), device=index.device).split(max(1, _CACHED // self.length)):
             rows, at = index[part], index[part] % self.length
-            stop = self._stop(at)
+            stop, to = self._before(at)
             k, v, q = self.k[:stop], self.v[:stop], scale * self.q[rows]
             weights = q @ k.mT
             if self.approximation.causal:
@@ -91,28 +102,45 @@ class Rows:
             if self.grad is None:
                 continue
             grad, w = self.grad[rows], weight[part, None]
-            dv[:stop].addmm_(weights.mT, grad * w)
             pulled = (grad @ v.mT).sub_((grad * out[part]).sum(1, keepdim=True)).mul_(weights)
             dq[part] = scale * (pulled @ k)
-            dk[:stop].addmm_(pulled.mT, q * w)
+            if len(to) < stop:
+                weights, pulled = weights.index_select(1, to), pulled.index_select(1, to)
+            dv[: len(to)].addmm_(weights.mT, grad * w)
+            dk[: len(to)].addmm_(pulled.mT, q * w)
         return out, dq, dk, dv
 
-    def _approximate(self, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The weighted sums dK and dV."""
-        assert self.grad is not None
-        dk, dv = torch.zeros_like(self.k), torch.zeros_like(self.v)
-        for rows, w in zip(*(t.split(max(1, _LOGITS // self.length)) for t in (index, weight)), strict=True):
-            at, grad = rows % self.length, self.grad[rows] * w[:, None]
-            stop = self._stop(at)
-            k, v = self.k[:stop].detach().requires_grad_(), self.v[:stop]
+    def _approximate(self, samples: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The weighted sums dK (S, n, d) and dV (S, n, d_v) of each sample, in one pass over the keys."""
+        assert self.grad is not None and self.denominators is not None
+        dk, dv = (t.repeat(len(samples), 1, 1) for t in self._empty_sums())
+        k = self.k.detach().requires_grad_()
+        for a in range(0, len(self.keys), _KEYS):
+            to, part = self.keys[a : a + _KEYS], slice(a, a + _KEYS)
             with torch.enable_grad():
-                weights = self.approximation.weights(self.q[rows], at, k)
-            dv[:stop].addmm_(weights.detach().mT, grad)
-            dk[:stop] += torch.autograd.grad(weights, k, grad @ v.mT)[0]
+                kernel = self.approximation.kernel(k, to)
+            for s, (index, weight) in enumerate(zip(samples, weights, strict=True)):
+                if self.approximation.causal:
+                    after = index % self.length >= to[0]
+                    index, weight = index[after], weight[after]
+                for rows, w in zip(index.split(_PAIRS // _KEYS), weight.split(_PAIRS // _KEYS), strict=True):
+                    at, grad = rows % self.length, self.grad[rows] * (w / self.denominators[rows])[:, None]
+                    with torch.enable_grad():
+                        values = kernel(self.q[rows], at)
+                    pull = (grad @ self.v[to].mT).sub_((grad * self.out[rows]).sum(1, keepdim=True))
+                    dv[s, part].addmm_(values.detach().mT, grad)
+                    dk[s, part] += torch.autograd.grad(values, k, pull, retain_graph=True)[0][to]
         return dk, dv
 
-    def _stop(self, at: Tensor) -> int:
-        return int(at.max()) + 1 if self.approximation.causal else self.length
+    def _empty_sums(self) -> tuple[Tensor, Tensor]:
+        return self.k.new_zeros(len(self.keys), self.k.shape[1]), self.v.new_zeros(len(self.keys), self.v.shape[1])
+
+    def _before(self, at: Tensor) -> tuple[int, Tensor]:
+        """Up to where rows at these positions attend, and the compared keys before."""
+        if not self.approximation.causal:
+            return self.length, self.keys
+        stop = int(at.max()) + 1
+        return stop, self.keys[: int(torch.searchsorted(self.keys, stop))]
 
 
 def _squares(rows: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def train_prepared(
         metrics.write(event="eval", step=0, **score(prepared, config))
     figures, attention = None, None
     if _step_of(checkpoint) < end:
-        with _limits(config, prepared) as attention:
+        with _limits(config, prepared, steps) as attention:
             figures = _fit(
                 config, prepared, adaptation, collate, (steps, end), output, checkpoint, metrics, say, live, attention
             )
@@ -173,11 +173,12 @@ def _fit(
     return trainer.scored[1] if trainer.scored and trainer.scored[0] == end else None
 
 
-def _limits(config: TrainConfig, prepared: Prepared) -> AbstractContextManager[AcceleratedAttention | None]:
+def _limits(config: TrainConfig, prepared: Prepared, steps: int) -> AbstractContextManager[AcceleratedAttention | None]:
     """The attention that the settings ask for, for as long as the context lasts."""
     if config.attention is None or config.attention.limits is None:
         return nullcontext()
-    return accelerate_attention(prepared.model, **config.attention.limits.model_dump(), seed=config.seed)
+    settings = config.attention.limits.model_dump()
+    return accelerate_attention(prepared.model, **settings, total_steps=steps, seed=config.seed)
 
 
 def _attach(config: TrainConfig, prepared: Prepared, collate: Collator, checkpoint: Path | None) -> Adaptation:
