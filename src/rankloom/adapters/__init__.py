@@ -10,6 +10,7 @@ from rankloom.adapters.lokr import LoKr, LoKrAdapter
 from rankloom.adapters.lora import LoRA, LowRankAdapter
 from rankloom.adapters.materialized import MaterializedAdapter
 from rankloom.adapters.soka import SoKA, SoKAAdapter
+from rankloom.adapters.tlora import TLoRA, TLoRAAdapter
 
 __all__ = [
     "Adapter",
@@ -30,5 +31,7 @@ __all__ = [
     "MaterializedAdapter",
     "SoKA",
     "SoKAAdapter",
+    "TLoRA",
+    "TLoRAAdapter",
     "Trainable",
 ]
