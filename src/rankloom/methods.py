@@ -7,7 +7,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rankloom.adapters import BAT, NOLA, SALT, Dense, DoRA, Hydra, LoHa, LoKr, LoRA, MiSS, SaRA, Selected, SoKA, VeRA
+from rankloom.adapters import (
+    BAT,
+    NOLA,
+    SALT,
+    Dense,
+    DoRA,
+    Hydra,
+    LoHa,
+    LoKr,
+    LoRA,
+    MiSS,
+    SaRA,
+    Selected,
+    SoKA,
+    TLoRA,
+    VeRA,
+)
 from rankloom.errors import RecipeError, near_names
 from rankloom.init import (
     ActivationSVD,
@@ -156,6 +172,17 @@ TABLE: dict[str, Method] = {
         export=BEST_RANK,
         deviations=OFFSET + " Reconstructed, as no code was released: W itself is decomposed, the factors train "
         "(adapter.train='sigma' for the weights alone), terms are counted once, by the smaller of 90 % energy and the elbow.",
+    ),
+    "tlora": Method(
+        Recipe(adapter=TLoRA(rank=6, transform_rank=2), init=OwnStart()),
+        "Transformed Low-rank Adaptation via Tensor Decomposition and Its Applications to Text-to-image Models",
+        "arXiv 2501.08727",
+        "A full-rank tensor-ring transform of the weight's input, and a tensor-ring residual.",
+        parameters="R^2 sum I_d^2 + R'^2 (sum O_d + sum I_d) per target with in = prod I_d, out = prod O_d",
+        export=BEST_RANK,
+        deviations="the transform is held as its deviation from the identity, so decay draws it there. Its bonds start random: "
+        "with the published 1 / R throughout (adapter.bonds='uniform') all slices move alike: T stays a Kronecker product. The "
+        "residual's std, whose constant is not published, is our own; a dimension without balanced factors is padded.",
     ),
     "pissa": Method(
         Recipe(adapter=LoRA(rank=8, alpha=8), init=WeightSVD("principal")),

@@ -18,6 +18,7 @@ from rankloom.adapters.salt import SALT, SALTAdapter
 from rankloom.adapters.sara import SaRA, SaRAAdapter
 from rankloom.adapters.selected import Selected, SelectedAdapter
 from rankloom.adapters.soka import SoKA, SoKAAdapter
+from rankloom.adapters.tlora import TLoRA, TLoRAAdapter
 from rankloom.adapters.vera import VeRA, VeRAAdapter
 
 __all__ = [
@@ -54,6 +55,8 @@ __all__ = [
     "SelectedAdapter",
     "SoKA",
     "SoKAAdapter",
+    "TLoRA",
+    "TLoRAAdapter",
     "Trainable",
     "VeRA",
     "VeRAAdapter",

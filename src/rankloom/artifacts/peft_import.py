@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from rankloom.adapters import DoRA, LoRA
 from rankloom.artifacts.files import read_json, read_tensors
 from rankloom.artifacts.identity import Fingerprint
 from rankloom.artifacts.peft_format import CONFIG, PREFIX, REPORT, WEIGHTS, matching, of_pattern
+from rankloom.artifacts.peft_kronecker import KINDS, READ, kronecker_recipe
 from rankloom.artifacts.store import Stored
 from rankloom.artifacts.targeting import targets_for
 from rankloom.artifacts.whole import whole_tensors
@@ -59,13 +60,15 @@ class _Module:
 
 
 def import_peft(folder: Path, model: nn.Module) -> Stored:
-    """Read LoRA, rsLoRA, DoRA or AdaLoRA as PEFT wrote it.
+    """Read LoRA, rsLoRA, DoRA, AdaLoRA, LoKr or LoHa as PEFT wrote it.
 
     Raises:
         ArtifactError: a method or setting we cannot represent, tensors missing, unknown or of another shape, a pickle.
     """
     config, tensors = read_json(folder / CONFIG), read_tensors(folder / WEIGHTS)
     _refuse_settings(folder, config)
+    if config["peft_type"] in KINDS:
+        return _kronecker(folder, config, tensors, model)
     adapted, rest = _sorted_out(folder, config, tensors, model)
     _require_complete(folder, config, adapted, model)
     for name, module in adapted.items():
@@ -80,23 +83,36 @@ def import_peft(folder: Path, model: nn.Module) -> Stored:
     recipe = Recipe(targets=targets_for(adapted, whole, model), adapter=_adapter_part(config, adapted))
     own = {f"{name}.{key}": t for name, module in adapted.items() for key, t in _own_tensors(module).items()}
     own |= {f"whole.{name}": tensor for name, tensor in whole.items()}
+    return Stored(recipe, own, _recorded_base(folder), *_origin(config))
+
+
+def _kronecker(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module) -> Stored:
+    stored = kronecker_recipe(folder, config, tensors, model)
+    adapted = {name.rpartition(".")[0] for name in stored.tensors if not name.startswith("whole.")}
+    _require_targeted(folder, config, adapted, model)
+    report, versions = _origin(config)
+    return replace(stored, fingerprint=_recorded_base(folder), report=report, versions=versions)
+
+
+def _origin(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     report = {"imported": "peft", "peft_type": config["peft_type"], "base_model": config.get("base_model_name_or_path")}
-    return Stored(recipe, own, _recorded_base(folder), report, {"peft": str(config.get("peft_version"))})
+    return report, {"peft": str(config.get("peft_version"))}
 
 
 def _refuse_settings(folder: Path, config: Mapping[str, Any]) -> None:
     where, kind = folder / CONFIG, config.get("peft_type")
-    if kind not in ("LORA", "ADALORA"):
+    if kind not in ("LORA", "ADALORA", *KINDS):
         raise ArtifactError(
-            f"{where} holds the PEFT type {kind}, rankloom loads LORA and ADALORA: merge it with peft's merge_and_unload() "
-            f"and start from the merged model"
+            f"{where} holds the PEFT type {kind}, rankloom loads LORA, ADALORA, LOKR and LOHA: merge it with peft's "
+            f"merge_and_unload() and start from the merged model"
         )
     if (start := config.get("init_lora_weights", True)) not in _PLAIN_STARTS and not str(start).isdigit():
         raise ArtifactError(
             f"{where} was started by {start!r}, which changes the base weights: convert it in peft first, "
             f"save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
-    unknown = sorted(key for key, value in config.items() if value and key not in _READ | _IRRELEVANT)
+    read = READ if kind in KINDS else _READ
+    unknown = sorted(key for key, value in config.items() if value and key not in read | _IRRELEVANT)
     if unknown:
         raise ArtifactError(
             f"{where} sets {', '.join(unknown)}, which rankloom does not have: set it to null if the adapter works without, "
@@ -145,6 +161,11 @@ def _require_complete(
             raise ArtifactError(
                 f"{folder / WEIGHTS}: {name} lacks or does not expect {odd}: save the adapter again in peft"
             )
+    _require_targeted(folder, config, adapted, model)
+
+
+def _require_targeted(folder: Path, config: Mapping[str, Any], adapted: Collection[str], model: nn.Module) -> None:
+    """Every module the configuration targets is there."""
     targets = config.get("target_modules")
     if not targets or targets == "all-linear" or config.get("layers_to_transform") is not None:
         return
