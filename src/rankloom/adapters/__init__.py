@@ -9,9 +9,11 @@ from rankloom.adapters.lora import LoRA, LowRankAdapter
 from rankloom.adapters.materialized import MaterializedAdapter
 from rankloom.adapters.miss import MiSS, MiSSAdapter
 from rankloom.adapters.sara import SaRA, SaRAAdapter
+from rankloom.adapters.snell import SNELL, SNELLAdapter
 
 __all__ = [
     "BAT",
+    "SNELL",
     "Adapter",
     "AdapterPart",
     "BATAdapter",
@@ -26,6 +28,7 @@ __all__ = [
     "MaterializedAdapter",
     "MiSS",
     "MiSSAdapter",
+    "SNELLAdapter",
     "SaRA",
     "SaRAAdapter",
     "Trainable",

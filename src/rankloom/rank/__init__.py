@@ -3,5 +3,6 @@
 from rankloom.rank.adalora import AdaLoRA, AdaLoRASchedule
 from rankloom.rank.base import RankPart
 from rankloom.rank.fixed import Fixed
+from rankloom.rank.sparsity import SparsityBudget, SparsitySchedule
 
-__all__ = ["AdaLoRA", "AdaLoRASchedule", "Fixed", "RankPart"]
+__all__ = ["AdaLoRA", "AdaLoRASchedule", "Fixed", "RankPart", "SparsityBudget", "SparsitySchedule"]
