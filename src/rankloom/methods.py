@@ -11,6 +11,7 @@ from rankloom.adapters import (
     BAT,
     NOLA,
     SALT,
+    SNELL,
     Dense,
     DoRA,
     Hydra,
@@ -43,7 +44,7 @@ from rankloom.init import (
 )
 from rankloom.lifecycle import FreezeColumns, MergeAndRestart
 from rankloom.optim import ALLoRA, LoRAPlus, LoRAPro, Projected, Riemannian
-from rankloom.rank import AdaLoRA, WeightSpectrum
+from rankloom.rank import AdaLoRA, SparsityBudget, WeightSpectrum
 from rankloom.recipe import Recipe
 from rankloom.targets import Targets
 
@@ -452,6 +453,31 @@ TABLE: dict[str, Method] = {
         "tensor. Weight decay pulls towards the pretrained values, not towards zero. The limit is a share of each matrix by "
         "default (adapter.threshold for one for all); vectors and embeddings stay frozen. The penalty is sampled from one "
         "target a step and scaled to stand for all. The first phase's share of the run is not known: one half.",
+    ),
+    "snell": Method(
+        Recipe(adapter=SNELL(dim=16, sparsity=0.9), init=OwnStart()),
+        "Expanding Sparse Tuning for Low Memory Usage",
+        "arXiv 2411.01800",
+        "A matrix of distances between trained points, of which the tenth that is largest survives, chosen anew in every step.",
+        parameters="dim (in + out) per target",
+        export="best rank-k approximation with its measured error; merged weights exactly",
+        deviations="step 0 is exact: both heads start alike and cancel. There, the released sparsifier, which multiplies what "
+        "survives with its own magnitude, has no gradient; adapter.sparsify='code' gives it, from heads of their own whose "
+        "update is subtracted. Drop-path is left out.",
+    ),
+    "snella": Method(
+        Recipe(
+            adapter=SNELL(dim=32, kernel="mixed", sparsity=0.0),
+            init=OwnStart(),
+            rank=SparsityBudget(target_sparsity=0.3),
+        ),
+        "Kernelized Sparse Fine-Tuning with Bi-level Parameter Competition for Vision Models",
+        "arXiv 2510.24037",
+        "SNELL with a mixture of kernels, under a global number of nonzero entries that layers compete for by importance.",
+        parameters="dim (in + out) + 3 per target",
+        export="best rank-k approximation with its measured error; merged weights exactly",
+        deviations="as snell; the softmax counts from its mean, 1 / out, which beta could absorb; gamma is trained as its "
+        "logarithm. Shares of the budget add up exactly, where the released loop may not end.",
     ),
     "galore": Method(
         Recipe(targets=EVERYTHING_ELSE, adapter=Dense(), init=OwnStart(), optimizer=Projected(rank=128, every=200)),

@@ -17,7 +17,8 @@ from rankloom.adapters import Dense, LoRA
 from rankloom.errors import CompositionError, RecipeError
 from rankloom.init import Gaussian, OwnStart
 from rankloom.rank import AdaLoRA, AdaLoRASchedule
-from rankloom.rank.adalora import budget_at, decide
+from rankloom.rank.adalora import decide
+from rankloom.rank.importance import budget_at
 from tests import zoo
 
 

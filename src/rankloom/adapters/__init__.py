@@ -17,6 +17,7 @@ from rankloom.adapters.nola import NOLA, NOLAAdapter
 from rankloom.adapters.salt import SALT, SALTAdapter
 from rankloom.adapters.sara import SaRA, SaRAAdapter
 from rankloom.adapters.selected import Selected, SelectedAdapter
+from rankloom.adapters.snell import SNELL, SNELLAdapter
 from rankloom.adapters.soka import SoKA, SoKAAdapter
 from rankloom.adapters.tlora import TLoRA, TLoRAAdapter
 from rankloom.adapters.vera import VeRA, VeRAAdapter
@@ -25,6 +26,7 @@ __all__ = [
     "BAT",
     "NOLA",
     "SALT",
+    "SNELL",
     "Adapter",
     "AdapterPart",
     "BATAdapter",
@@ -49,6 +51,7 @@ __all__ = [
     "MiSSAdapter",
     "NOLAAdapter",
     "SALTAdapter",
+    "SNELLAdapter",
     "SaRA",
     "SaRAAdapter",
     "Selected",

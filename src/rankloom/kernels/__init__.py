@@ -3,7 +3,7 @@
 from rankloom.kernels.dora import dora_linear, dora_linears
 from rankloom.kernels.kronecker import Step, Terms, contraction, kronecker_linear, kronecker_product
 from rankloom.kernels.lowrank import Linear, lowrank_linear, lowrank_linears
-from rankloom.kernels.materialized import Update, materialize, materialized_linear
+from rankloom.kernels.materialized import Update, materialize, materialized_linear, row_blocks
 from rankloom.kernels.shards import shard_linear, shard_sum
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "lowrank_linears",
     "materialize",
     "materialized_linear",
+    "row_blocks",
     "shard_linear",
     "shard_sum",
 ]

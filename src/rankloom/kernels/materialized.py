@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Update", "materialize", "materialized_linear"]
+__all__ = ["Update", "materialize", "materialized_linear", "row_blocks"]
 
 BLOCK = 1 << 21  # entries of a block: large enough for the products to run at full speed, far below a large weight
 
@@ -38,10 +38,15 @@ class Update(NamedTuple):
     multiple: int = 1
 
     def spans(self) -> Iterator[slice]:
-        """Consecutive blocks of rows of at most ``BLOCK`` entries, or of ``multiple`` rows."""
-        out, width = self.shape
-        height = max(BLOCK // max(width, 1) // self.multiple, 1) * self.multiple
-        return (slice(start, min(start + height, out)) for start in range(0, out, height))
+        """The blocks of rows."""
+        return row_blocks(self.shape, self.multiple)
+
+
+def row_blocks(shape: tuple[int, int], multiple: int = 1) -> Iterator[slice]:
+    """Consecutive blocks of rows of a matrix, each of at most ``BLOCK`` entries, or of ``multiple`` rows."""
+    out, width = shape
+    height = max(BLOCK // max(width, 1) // multiple, 1) * multiple
+    return (slice(start, min(start + height, out)) for start in range(0, out, height))
 
 
 def _formed(update: Update, parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -13,18 +13,9 @@ from rankloom.errors import RecipeError
 from rankloom.events import Schedule, broadcast
 from rankloom.parts import part
 from rankloom.rank.base import RankPart
+from rankloom.rank.importance import Sensitivity, budget_at, steps_of
 
-__all__ = ["AdaLoRA", "AdaLoRASchedule", "budget_at"]
-
-
-def budget_at(step: int, *, first: int, last: int, warmup: int, final: int, total: int) -> int:
-    """The number of live components after ``step`` steps: ``first``, then a cubic descent to ``last`` at ``total - final``."""
-    if step <= warmup:
-        return first
-    if step > total - final:
-        return last
-    left = 1 - (step - warmup) / (total - final - warmup)
-    return int(last + (first - last) * left**3)
+__all__ = ["AdaLoRA", "AdaLoRASchedule"]
 
 
 def decide(scores: Tensor, keep: int) -> Tensor:
@@ -35,29 +26,12 @@ def decide(scores: Tensor, keep: int) -> Tensor:
     return mask
 
 
-class _Sensitivity:
-    """``I``, ``U``: running sensitivity ``|p * grad|`` and its uncertainty, elementwise over one tensor."""
-
-    def __init__(self, parameter: Tensor) -> None:
-        self.parameter = parameter
-        self.mean, self.spread = torch.zeros_like(parameter), torch.zeros_like(parameter)
-
-    def update(self, beta1: float, beta2: float) -> None:
-        grad = self.parameter.grad
-        score = (self.parameter * grad).abs() if grad is not None else torch.zeros_like(self.parameter)
-        self.mean.mul_(beta1).add_(score, alpha=1 - beta1)
-        self.spread.mul_(beta2).add_((score - self.mean).abs(), alpha=1 - beta2)
-
-    def score(self) -> Tensor:
-        return self.mean * self.spread
-
-
 class AdaLoRASchedule(Schedule):
     """The allocator of one run. A component is pruned by zeroing its core entry; until the final phase it may revive."""
 
     def __init__(self, settings: AdaLoRA, bindings: list[Binding], total_steps: int) -> None:
         self.settings, self.bindings, self.total = settings, bindings, total_steps
-        self.warmup, self.final = (_steps(s, total_steps) for s in (settings.warmup, settings.final))
+        self.warmup, self.final = (steps_of(s, total_steps) for s in (settings.warmup, settings.final))
         if self.warmup >= total_steps - self.final:
             raise RecipeError(
                 f"AdaLoRA has no steps left to prune in: warmup {self.warmup} + final {self.final} of {total_steps} steps; "
@@ -67,7 +41,7 @@ class AdaLoRASchedule(Schedule):
         self.first = sum(b.adapter.rank for b in bindings)
         self.last = settings.target_rank * len(bindings)
         self.scores = {
-            b.name: {n: _Sensitivity(p) for n, p in b.adapter.named_parameters() if n in "ABE"} for b in bindings
+            b.name: {n: Sensitivity(p) for n, p in b.adapter.named_parameters() if n in "ABE"} for b in bindings
         }
 
     def budget(self, step: int) -> int:
@@ -130,10 +104,6 @@ class AdaLoRASchedule(Schedule):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for key, tensor in self.state_dict().items():
             tensor.copy_(state[key])
-
-
-def _steps(setting: float, total: int) -> int:
-    return round(setting * total) if isinstance(setting, float) and setting < 1 else int(setting)
 
 
 @part("rank", "adalora")
