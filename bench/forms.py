@@ -47,7 +47,9 @@ from common import (
     table,
     write,
 )
-from rankloom.adapters import DoRAAdapter, FactoredAdapter
+from rankloom.adapters import FactoredAdapter
+from rankloom.kernels import contraction
+from rankloom.linalg import ring_change_cost
 from step_overhead import LINEARS
 from step_overhead import build as llama
 
@@ -67,13 +69,38 @@ class Form:
 
 
 RANK = (("adapter.rank", 16), ("adapter.alpha", 32.0))
+LORA = (("r", 16), ("lora_alpha", 32))
+CHEAP = 1.10
 FORMS = {
-    "lora": Form("lora", RANK, ("LoraConfig", (("r", 16), ("lora_alpha", 32)))),
-    "dora": Form("dora", RANK, ("LoraConfig", (("r", 16), ("lora_alpha", 32), ("use_dora", True)))),
-    "lora-fa": Form("lora-fa", RANK),
-    "lora-xs": Form("lora-xs", RANK, most=1.10),
+    "lora": Form("lora", RANK, ("LoraConfig", LORA)),
+    "dora": Form("dora", RANK, ("LoraConfig", (*LORA, ("use_dora", True)))),
     "pissa": Form("pissa", RANK),
     "pissa, folded": Form("pissa", (*RANK, ("adapter.fold", True))),
+    "lora-fa": Form("lora-fa", RANK),
+    "lora-xs": Form("lora-xs", RANK, most=CHEAP),
+    "svfit": Form("svfit", (("adapter.rank", 16),), most=CHEAP),
+    "svf": Form("svf"),
+    "loldu": Form("loldu", RANK, most=CHEAP),
+    "cora": Form("cora", RANK, most=CHEAP),
+    "sbora-fa": Form("sbora-fa", RANK, most=CHEAP),
+    "sbora-fb": Form("sbora-fb", RANK, most=CHEAP),
+    "lamda": Form("lamda", RANK, most=CHEAP),
+    "salt": Form("salt", most=CHEAP),
+    "hydra": Form("hydra", (("adapter.rank", 8), ("adapter.alpha", 8.0)), most=CHEAP),
+    "miss": Form("miss", (("adapter.rank", 64),), ("MissConfig", (("r", 64),)), most=CHEAP),
+    "vera": Form("vera", (("adapter.rank", 256),), ("VeraConfig", (("r", 256),))),
+    "nola": Form("nola"),
+    "randlora": Form("randlora", (("adapter.rank", 32),), ("RandLoraConfig", (("r", 32), ("randlora_alpha", 640)))),
+    "flylora": Form("flylora"),
+    "fourierft": Form("fourierft", (), ("FourierFTConfig", (("n_frequency", 1000),))),
+    "loca": Form("loca"),
+    "bat": Form("bat", (("adapter.rank", 64),), ("MissConfig", (("r", 64), ("init_weights", "bat")))),
+    "sara": Form("sara"),
+    "snell": Form("snell"),
+    "lokr": Form("lokr", (("adapter.rank", 16),), ("LoKrConfig", (("r", 16), ("alpha", 16))), most=1.30),
+    "loha": Form("loha", (("adapter.rank", 16),), ("LoHaConfig", (("r", 16), ("alpha", 16)))),
+    "soka": Form("soka", most=1.30),
+    "tlora": Form("tlora"),
 }
 
 
@@ -160,15 +187,55 @@ def extra_macs(adapter: Any, out: int, into: int, tokens: int) -> float:
     """Multiply-adds that a form's mathematics adds to a step of one frozen linear layer (out, in).
 
     Two factors of rank k: ``k (out + in)`` a token forward, the gradient of the input the same again, and ``k`` times its other
-    side for each factor that takes a gradient. What the factors themselves are made of is not counted: it does not grow with
-    the tokens.
+    side for each factor that takes a gradient. A formed update: the weight's gradient, ``out in`` a token, and what forming it
+    takes, three times (forward, again in the backward pass, its gradient). Forms with two ways are counted by the cheaper.
+    What factors themselves are made of is not counted: it does not grow with the tokens.
     """
-    if isinstance(adapter, FactoredAdapter):
+
+    def factored(rank: int, left: bool = True, right: bool = True) -> float:
+        return tokens * rank * (2 * (out + into) + out * left + into * right)
+
+    def formed(entry: float) -> float:
+        return out * into * (tokens + 3 * entry)
+
+    def kronecker() -> float:
+        width, macs = into, 0
+        for _, matrix in contraction(adapter.terms(), tokens):
+            macs += len(matrix) * width
+            width = len(matrix) * width // matrix.shape[1]
+        return 3.0 * tokens * macs
+
+    def low_rank() -> float:
         b, a = adapter.sides() if getattr(adapter, "fold", False) else adapter.effective()
-        rank = len(a)
-        macs = tokens * rank * (2 * (out + into) + out * b.requires_grad + into * a.requires_grad)
-        return macs + (rank * out * into if isinstance(adapter, DoRAAdapter) else 0)
-    raise SystemExit(f"how many multiply-adds does {type(adapter).__name__} take? say so in extra_macs")
+        return factored(len(a), b.requires_grad, a.requires_grad)
+
+    def ring() -> float:
+        token, once = ring_change_cost(adapter.sizes, adapter.bonds.shape[-1])
+        return min(3.0 * tokens * token, 3.0 * (tokens * into**2 + once)) + factored(adapter.rank**2)
+
+    counts: dict[str, Callable[[], float]] = {
+        "DoRAAdapter": lambda: low_rank() + len(adapter.A) * out * into,
+        "SelectedAdapter": lambda: 3.0 * tokens * len(adapter.index) * (out if adapter.side == "in" else into),
+        "MiSSAdapter": lambda: 3.0 * tokens * adapter.rank * out,
+        "HydraAdapter": lambda: factored(len(adapter.A) + len(adapter.A_s)) + 2.0 * len(adapter.A_s) * out * into,
+        "FlyLoRAAdapter": lambda: factored(adapter.rank, right=False),
+        "LoKrAdapter": kronecker,
+        "SoKAAdapter": kronecker,
+        "LoHaAdapter": lambda: min(factored(adapter.rank**2), formed(2 * adapter.rank)),
+        "LoCAAdapter": lambda: min(low_rank(), formed(1)),
+        "TLoRAAdapter": ring,
+        "BATAdapter": lambda: formed(adapter.rank),
+        "SaRAAdapter": lambda: formed(0),
+        "SNELLAdapter": lambda: formed(4 / 3 * adapter.dim),
+        "RandLoRAAdapter": lambda: formed(min(out, into)),
+        "FourierFTAdapter": lambda: formed(1),
+    }
+    name = type(adapter).__name__
+    if name in counts:
+        return counts[name]()
+    if isinstance(adapter, FactoredAdapter):
+        return low_rank()
+    raise SystemExit(f"how many multiply-adds does {name} take? say so in extra_macs")
 
 
 def counted_macs(step: Callable[[], Any]) -> float:
