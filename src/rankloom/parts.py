@@ -127,8 +127,12 @@ def _validated(cls: type[Part], fields: dict[str, Any]) -> Part:
     try:
         made = _validator(cast(Any, cls)).validate_python(fields)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(p) for p in first["loc"])
-        raise RecipeError(f"{cls.slot} {cls.kind!r}: {where}: {first['msg']} (got {first['input']!r})") from None
+        first, *others = error.errors()
+        path, said = first["loc"], first["msg"]
+        # One value that fits none of a setting's types fails once a type, each under the setting's own path.
+        if (same := [other for other in others if other["loc"][:-1] == path[:-1] and path[:-1]]) and same == others:
+            path, said = path[:-1], " or ".join([said, *(other["msg"] for other in same)])
+        where = ".".join(str(p) for p in path)
+        raise RecipeError(f"{cls.slot} {cls.kind!r}: {where}: {said} (got {first['input']!r})") from None
     made.check()
     return made

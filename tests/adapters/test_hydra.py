@@ -33,7 +33,7 @@ def by_hand(b: Any, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("tokens", [2, 30])
+@pytest.mark.parametrize("tokens", [1, 30])
 def test_both_routes_are_the_heads_written_out(tokens: int, bias: bool) -> None:
     """Few tokens read the output, many run as one product with ``A_s W``: the same outputs and gradients."""
     b, x = adapted(tokens, bias)
@@ -101,7 +101,7 @@ def test_the_one_kernel_keeps_no_output() -> None:
 def test_siblings_run_together() -> None:
     handle = zoo.adapted("hydra", zoo.build("llama"), "llama")
     zoo.perturb(handle)
-    inputs = zoo.batch("llama", rows=6)  # 42 tokens, more than any layer's outputs
+    inputs = zoo.batch("llama", rows=6)
     merged = zoo.merged_copy(handle, zoo.build("llama"))
     torch.testing.assert_close(handle.model(**inputs).logits, merged(**inputs).logits, rtol=0, atol=1e-10)
 

@@ -22,9 +22,9 @@ __all__ = ["Hydra", "HydraAdapter"]
 class HydraAdapter(Adapter):
     """``delta = s (B A + B_s A_s W)`` with ``A`` (r, in), ``B`` (out, r), ``A_s`` (r_s, out), ``B_s`` (out, r_s).
 
-    That is one low-rank product with rows ``[A; A_s W]``. In training, where tokens outnumber the outputs, ``A_s W`` is formed
-    once a step and both heads run as one kernel, which keeps no output for the gradient of ``A_s``; otherwise ``A_s`` reads
-    the layer's output.
+    That is one low-rank product with rows ``[A; A_s W]``. In training ``A_s W`` is formed once a step and both heads run
+    as one kernel, which keeps no output for the gradient of ``A_s``; without gradients, or on few tokens, ``A_s`` reads the
+    layer's output.
     """
 
     needs_base: ClassVar[Literal["never", "init", "merge", "every_step"]] = "merge"
@@ -72,7 +72,8 @@ class HydraAdapter(Adapter):
     def operands(self, x: Tensor, base: Layer) -> Any:
         """What :meth:`together` takes of this layer for this input; None where the heads run apart."""
         frozen = frozen_operands(x, base) if torch.is_grad_enabled() else None
-        if frozen is None or x.numel() < base.in_features * base.out_features:
+        # One kernel passes over W twice more, the heads apart over the output some eight times.
+        if frozen is None or 4 * x.numel() < base.in_features**2:
             return None
         columns, rows = self.over(frozen[0])
         return Linear(*frozen, rows, columns, self.scale)
