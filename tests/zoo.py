@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import rankloom
 from rankloom import Calibration, Recipe
 from rankloom.quantized import dense, is_quantized
+from rankloom.targets import Target, layer_of
 
 VOCAB = 40
 
@@ -203,7 +205,7 @@ def batches(kind: str, count: int = 2, rows: int = 4) -> list[dict[str, Tensor]]
     return [batch(kind, 100 + index, rows) for index in range(count)]
 
 
-_SMALL = {"rank": 3, "target_rank": 2, "every": 3, "interval": 2}
+_SMALL = {"rank": 3, "target_rank": 2, "every": 3, "interval": 2, "d_initial": 1.0, "active": 2, "coefficients": 12}
 
 
 def tiny(recipe: Recipe) -> Recipe:
@@ -219,6 +221,20 @@ def tiny(recipe: Recipe) -> Recipe:
 def recipe_of(method: str) -> Recipe:
     """The tiny recipe of a method."""
     return tiny(rankloom.methods.get(method))
+
+
+def is_matrix(method: str) -> bool:
+    """Whether the form's update is a matrix, so that it can be compared with one and merged."""
+    layer = layer_of(nn.Linear(32, 32))
+    assert layer is not None
+    adapter = recipe_of(method).adapter.build(Target("layer", layer, "layer"))
+    return adapter.linear_in_x and adapter.mergeable
+
+
+def require_matrix(method: str) -> None:
+    """Skip a test about the matrix of an update that is none."""
+    if not is_matrix(method):
+        pytest.skip(f"{method}: its update depends on the input and is no matrix")
 
 
 _FILES = tempfile.TemporaryDirectory()

@@ -14,11 +14,15 @@ from rankloom.adapters import (
     SNELL,
     Dense,
     DoRA,
+    FlyLoRA,
+    FourierFT,
     Hydra,
+    LoCA,
     LoHa,
     LoKr,
     LoRA,
     MiSS,
+    RandLoRA,
     SaRA,
     Selected,
     SoKA,
@@ -400,6 +404,48 @@ TABLE: dict[str, Method] = {
         parameters="out + r per target",
         deviations="each layer's corner of A is scaled for its own width (the released code scales for the widest, which "
         "makes a layer depend on what else is adapted). The banks come from the seed and are never stored.",
+    ),
+    "randlora": Method(
+        Recipe(adapter=RandLoRA(rank=32, scale=20), init=OwnStart()),
+        "RandLoRA: Full-Rank Parameter-Efficient Fine-Tuning of Large Models",
+        "arXiv 2502.00987",
+        "An update of full rank: a sum of products of shared random matrices under learned diagonal scales.",
+        parameters="ceil(d / r) (d + r) per target, d = min(in, out)",
+        export="exact at full rank; at rank k with its measured error",
+        deviations="factors are paired as in the equation; PEFT pairs the rows of A by component, the columns of B by term "
+        "(adapter.order='peft'). Banks come from the seed in float32, of variance 1 by construction; PEFT draws them in half "
+        "precision and divides by their standard deviation.",
+    ),
+    "flylora": Method(
+        Recipe(adapter=FlyLoRA(rank=32, active=8, alpha=64), init=OwnStart()),
+        "FlyLoRA: Boosting Task Decoupling and Parameter Efficiency via Implicit Rank-Wise Mixture-of-Experts",
+        "arXiv 2510.08396",
+        "A frozen sparse projection picks, by its own activations, which 8 of its 32 rank-one experts act on a token.",
+        parameters="r out per target, k out active per token",
+        export="none: the update depends on the input (unless adapter.active is the rank)",
+        deviations="the released code cuts the gradient to earlier layers (adapter.detach_input=True) and moves the selection "
+        "bias in every forward pass, evaluation and micro-batches too; here once per optimizer step, by counts of the tokens "
+        "that were learned from.",
+    ),
+    "fourierft": Method(
+        Recipe(adapter=FourierFT(coefficients=1000, scale=150), init=OwnStart()),
+        "Parameter-Efficient Fine-Tuning with Discrete Fourier Transform",
+        "arXiv 2405.03003",
+        "The update is the inverse Fourier transform of 1000 learned coefficients at random places.",
+        parameters="n per target",
+        export="best rank-k approximation with its measured error; merged weights exactly",
+        deviations="coefficients start at zero (PEFT draws them from N(0, 1) by default, which moves the output). Places come "
+        "from a hash of the seed; PEFT's are adapter.places='peft'.",
+    ),
+    "loca": Method(
+        Recipe(adapter=LoCA(coefficients=1000, scale=1), init=OwnStart()),
+        "LoCA: Location-Aware Cosine Adaptation for Parameter-Efficient Fine-Tuning",
+        "arXiv 2502.06820",
+        "The update is the inverse cosine transform of 1000 learned coefficients whose places are learned as well.",
+        parameters="n per target, and 2 n places while those learn",
+        export="exact (rank n) up to full rank, else the best rank-k approximation with its measured error",
+        deviations="phases are counted in optimizer steps (the released code counts training forwards), places learn for a tenth "
+        "of the run, and one that was pushed out of its range can come back.",
     ),
     "adalora": Method(
         Recipe(

@@ -81,6 +81,7 @@ def test_a_damaged_file_is_refused_and_the_model_stays_bare(method: str, tmp_pat
 @every_model
 @every_method
 def test_merge_and_unmerge(method: str, kind: str) -> None:
+    zoo.require_matrix(method)
     model, inputs = zoo.build(kind), zoo.batch(kind)
     parameters = [(n, id(p)) for n, p in model.named_parameters()]
     base = contents(model)
@@ -103,6 +104,7 @@ def test_merge_and_unmerge(method: str, kind: str) -> None:
 
 @every_method
 def test_half_precision_merge_measures_its_drift(method: str) -> None:
+    zoo.require_matrix(method)
     model = zoo.build("llama", dtype=torch.bfloat16)
     handle = zoo.adapted(method, model, "llama")
     zoo.perturb(handle)
@@ -118,6 +120,7 @@ def test_half_precision_merge_measures_its_drift(method: str) -> None:
 
 @every_method
 def test_tied_weights_survive_merging(method: str) -> None:
+    zoo.require_matrix(method)
     model = zoo.build("llama", tie_word_embeddings=True)
     handle = zoo.adapted(method, model, "llama")
     zoo.perturb(handle)
@@ -129,6 +132,7 @@ def test_tied_weights_survive_merging(method: str) -> None:
 
 @every_method
 def test_merged_export_is_an_ordinary_model(method: str, tmp_path: Path, capfd: Any) -> None:
+    zoo.require_matrix(method)
     from transformers import GPT2LMHeadModel
 
     handle = trained(method, "gpt2")
@@ -143,6 +147,7 @@ def test_merged_export_is_an_ordinary_model(method: str, tmp_path: Path, capfd: 
 
 @every_method
 def test_peft_export_is_exact_or_says_by_how_much_it_is_not(method: str, tmp_path: Path) -> None:
+    zoo.require_matrix(method)
     handle = trained(method, "llama")
     report = handle.export(tmp_path / "peft", "peft")
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())

@@ -6,14 +6,18 @@ from rankloom.adapters.chain import ChainAdapter
 from rankloom.adapters.dense import Dense, DenseAdapter
 from rankloom.adapters.dora import DoRA, DoRAAdapter
 from rankloom.adapters.factored import FactoredAdapter
+from rankloom.adapters.flylora import FlyLoRA, FlyLoRAAdapter
+from rankloom.adapters.fourierft import FourierFT, FourierFTAdapter
 from rankloom.adapters.hydra import Hydra, HydraAdapter
 from rankloom.adapters.kronecker import KroneckerAdapter
+from rankloom.adapters.loca import LoCA, LoCAAdapter
 from rankloom.adapters.loha import LoHa, LoHaAdapter
 from rankloom.adapters.lokr import LoKr, LoKrAdapter
 from rankloom.adapters.lora import LoRA, LowRankAdapter
 from rankloom.adapters.materialized import MaterializedAdapter
 from rankloom.adapters.miss import MiSS, MiSSAdapter
 from rankloom.adapters.nola import NOLA, NOLAAdapter
+from rankloom.adapters.randlora import RandLoRA, RandLoRAAdapter
 from rankloom.adapters.salt import SALT, SALTAdapter
 from rankloom.adapters.sara import SaRA, SaRAAdapter
 from rankloom.adapters.selected import Selected, SelectedAdapter
@@ -37,9 +41,15 @@ __all__ = [
     "DoRA",
     "DoRAAdapter",
     "FactoredAdapter",
+    "FlyLoRA",
+    "FlyLoRAAdapter",
+    "FourierFT",
+    "FourierFTAdapter",
     "Hydra",
     "HydraAdapter",
     "KroneckerAdapter",
+    "LoCA",
+    "LoCAAdapter",
     "LoHa",
     "LoHaAdapter",
     "LoKr",
@@ -50,6 +60,8 @@ __all__ = [
     "MiSS",
     "MiSSAdapter",
     "NOLAAdapter",
+    "RandLoRA",
+    "RandLoRAAdapter",
     "SALTAdapter",
     "SNELLAdapter",
     "SaRA",

@@ -14,7 +14,7 @@ from rankloom.kernels.bank import Bank
 from rankloom.kernels.generated import digest
 from rankloom.targets import Target
 
-__all__ = ["BankedPart", "SeededAdapter", "require_dropout", "require_rank"]
+__all__ = ["BankedPart", "SeededAdapter", "require_dropout", "require_rank", "require_room"]
 
 
 class SeededAdapter(Adapter):
@@ -72,3 +72,14 @@ def require_dropout(rate: float) -> None:
     """Raise :class:`RecipeError` where a dropout rate is none."""
     if not 0 <= rate < 1:
         raise RecipeError(f"adapter dropout must be in [0, 1), got {rate}")
+
+
+def require_room(coefficients: int, targets: list[Target]) -> None:
+    """Raise :class:`TargetError` where there are more coefficients than entries of a target's matrix."""
+    for target in targets:
+        entries = target.shape[0] * target.shape[1]
+        if coefficients > entries:
+            raise TargetError(
+                f"{coefficients} coefficients are more than the {entries} entries of {target.name} {target.shape}: lower "
+                f"adapter.coefficients or targets.exclude it"
+            )

@@ -92,6 +92,11 @@ def _refuse_unsupported(bindings: list[Binding]) -> None:
         raise ArtifactError("the recipe adapts no weight, which PEFT cannot express: export(format='merged') instead")
     for binding in bindings:
         layer = binding.layer
+        if not binding.adapter.linear_in_x:
+            raise ArtifactError(
+                f"{binding.name} carries an update that depends on the input and is no matrix: PEFT has no such form; save it "
+                f"with handle.save()"
+            )
         if not isinstance(layer, LinearLayer | Conv1DLayer | EmbeddingLayer | Conv2dLayer):
             raise ArtifactError(
                 f"PEFT cannot adapt {binding.name} ({type(layer.module).__name__}): export merged instead"

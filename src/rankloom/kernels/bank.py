@@ -23,7 +23,7 @@ class Bank:
 
     Entry (i, j) depends on seed, stream, i and j alone: whatever else is adapted, and however large the bank is, a layer has
     the same corner. ``uniform`` is on ``[-sqrt 3, sqrt 3)``; ``ternary`` has entries other than 0 with probability
-    ``density``. Made when first read, once per device and dtype, unless ``kept`` is false: then every reading makes it anew.
+    ``density``. Made in float32 when first read, once per device, unless ``kept`` is false: then every reading makes it anew.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Bank:
     ) -> None:
         self.seed, self.stream, self.shape = seed, stream, (rows, columns)
         self.entries, self.density, self.kept = entries, density, kept
-        self._held: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._held: dict[torch.device, Tensor] = {}
         self._digests: dict[tuple[int, int], Tensor] = {}
 
     def __deepcopy__(self, memo: Any) -> Bank:
@@ -58,15 +58,15 @@ class Bank:
         return uniform(*where, device=device).mul_(2).sub_(1).mul_(3**0.5)
 
     def rows(self, start: int, stop: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Rows ``start .. stop`` (stop - start, columns): a view of what is kept, or made anew."""
+        """Rows ``start .. stop`` (stop - start, columns): in float32 a view of what is kept, or made anew."""
         if not self.kept:
             return torch.stack([self.row(i, columns, device) for i in range(start, stop)]).to(dtype)
-        if (device, dtype) not in self._held:
-            whole = torch.empty(self.shape, dtype=dtype, device=device)
+        if device not in self._held:
+            whole = torch.empty(self.shape, device=device, dtype=torch.float32)
             for i, row in enumerate(whole):
                 row.copy_(self.row(i, self.shape[1], device))
-            self._held[device, dtype] = whole
-        return self._held[device, dtype][start:stop, :columns]
+            self._held[device] = whole
+        return self._held[device][start:stop, :columns].to(dtype)
 
     def corner(self, rows: int, columns: int, like: Tensor) -> Tensor:
         """The first rows and columns, on the device and in the dtype of another tensor."""
