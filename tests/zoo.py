@@ -26,13 +26,13 @@ VOCAB = 40
 class ConvNet(nn.Module):
     """Two convolutions with in-place activations, a grouped one, and a classifier."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 3, width: int = 8, classes: int = 4) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.stem = nn.Conv2d(channels, width, 3, padding=1)
         self.act = nn.ReLU(inplace=True)
-        self.body = nn.Conv2d(8, 8, 3, stride=2, padding=1, bias=False)
-        self.mix = nn.Linear(8, 12)
-        self.head = nn.Linear(12, 4)
+        self.body = nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False)
+        self.mix = nn.Linear(width, width + 4)
+        self.head = nn.Linear(width + 4, classes)
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> SimpleNamespace:
         h = self.act(self.stem(pixel_values))
@@ -97,23 +97,22 @@ def bert() -> nn.Module:
     )
 
 
-def vit() -> nn.Module:
+def vit(**changes: Any) -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
-    return ViTForImageClassification(
-        ViTConfig(
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=24,
-            image_size=8,
-            patch_size=4,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            initializer_range=0.2,
-            num_labels=3,
-        )
-    )
+    settings = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "image_size": 8,
+        "patch_size": 4,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.2,
+        "num_labels": 3,
+    }
+    return ViTForImageClassification(ViTConfig(**{**settings, **changes}))
 
 
 def t5() -> nn.Module:
@@ -132,6 +131,41 @@ def t5() -> nn.Module:
             pad_token_id=0,
         )
     )
+
+
+def mixtral(**changes: Any) -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return MixtralForCausalLM(MixtralConfig(**{**_MIXTURE, "num_local_experts": 4, **changes}))
+
+
+def qwen_moe(**changes: Any) -> nn.Module:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**_MIXTURE, "num_experts": 4, "head_dim": 8, **changes}))
+
+
+def gpt_oss(**changes: Any) -> nn.Module:
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    return GptOssForCausalLM(GptOssConfig(**{**_MIXTURE, "num_local_experts": 4, "head_dim": 8, **changes}))
+
+
+_MIXTURE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 32,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+}
 
 
 def _tokens(generator: torch.Generator, rows: int) -> dict[str, Tensor]:
@@ -162,6 +196,8 @@ _KINDS: dict[str, tuple[Callable[..., nn.Module], Callable[[torch.Generator, int
     "convnet": (ConvNet, _images),
 }
 MODELS = tuple(_KINDS)
+_KINDS |= {"mixtral": (mixtral, _tokens), "qwen-moe": (qwen_moe, _tokens), "gpt-oss": (gpt_oss, _tokens)}
+MIXTURES = tuple(kind for kind in _KINDS if kind not in MODELS)  # their experts are targets by name only
 
 
 def build(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any) -> nn.Module:
@@ -172,7 +208,7 @@ def build(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64, **change
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.data += 0.1 * torch.randn_like(parameter)
-    return _without_float32(model).to(dtype).eval()
+    return without_float32(model).to(dtype).eval()
 
 
 def _rms_norm(module: nn.Module, x: Tensor) -> Tensor:
@@ -180,16 +216,18 @@ def _rms_norm(module: nn.Module, x: Tensor) -> Tensor:
     return module.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
-def _next_token_loss(logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
+def _next_token_loss(logits: Tensor, labels: Tensor, *_: Any, **__: Any) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
-def _without_float32(model: nn.Module) -> nn.Module:
+def without_float32(model: nn.Module) -> nn.Module:
     """Compute in the weights' own dtype: the originals pass through float32 inside norms and the loss, which would bound
     every comparison in float64 at 1e-7."""
     for module in model.modules():
-        if type(module).__name__ in ("LlamaRMSNorm", "T5LayerNorm"):
+        if type(module).__name__ in ("LlamaRMSNorm", "T5LayerNorm") or type(module).__name__.endswith("MoeRMSNorm"):
             module.__class__ = type("RMSNorm", (type(module),), {"forward": _rms_norm})
+    if any(type(module).__name__.endswith("Experts") for module in model.modules()):
+        model.set_experts_implementation("eager")  # torch's grouped product, the default, has no float64
     if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
         model.loss_function = _next_token_loss
     return model
@@ -310,6 +348,11 @@ def add_to_weight(module: nn.Module, delta: Tensor, rows: tuple[int, int] | None
 def merged_copy(handle: rankloom.Adaptation, bare: nn.Module) -> nn.Module:
     """A bare copy of the model with every update added by hand and every whole parameter copied over."""
     for binding in handle.bindings:
+        if (index := getattr(binding.layer, "index", None)) is not None:  # an expert of a 3-D parameter
+            delta = binding.adapter.delta(binding.layer).detach()
+            transposed = bare.config.model_type == "gpt_oss"
+            bare.get_parameter(binding.target.module_name).data[index] += delta.T if transposed else delta
+            continue
         module = bare.get_submodule(binding.target.module_name)
         add_to_weight(module, binding.adapter.delta(binding.layer).detach(), binding.layer.rows)
     own = dict(bare.named_parameters())

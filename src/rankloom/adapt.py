@@ -25,6 +25,7 @@ from rankloom.calibration.data import mean_loss
 from rankloom.drive import Driver
 from rankloom.errors import ArtifactError, CompositionError, RankloomError
 from rankloom.events import Schedule
+from rankloom.experts import refuse_on_experts
 from rankloom.init import InitContext
 from rankloom.quantized import route, unroute
 from rankloom.recipe import Recipe
@@ -45,6 +46,7 @@ class Adaptation:
         self.model, self.recipe, self.seed = model, recipe, seed
         self.report: dict[str, Any] = {}
         self.bindings = [Binding(*pair) for pair in zip(targets, recipe.adapter.build_all(targets), strict=True)]
+        refuse_on_experts(self.bindings)
         for binding in self.bindings if recipe.init.offset else ():
             binding.adapter.subtract_start()
         recipe.lifecycle.prepare(self.bindings, seed)

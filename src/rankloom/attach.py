@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from rankloom.adapters import Binding
 from rankloom.errors import TargetError
+from rankloom.experts import Experts
+from rankloom.targets import ExpertLayer
 
 __all__ = ["Attached", "attach_modules", "detach_modules", "refuse_attached", "swap_parameters"]
 
@@ -17,11 +19,11 @@ __all__ = ["Attached", "attach_modules", "detach_modules", "refuse_attached", "s
 class Attached:
     """Mark of a module whose forward goes through adapters; ``rankloom`` holds them as ordinary submodules."""
 
-    _rankloom_forward: Callable[[Tensor], Tensor]
+    _rankloom_forward: Callable[..., Tensor]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The adapted output."""
-        return self.__dict__["_rankloom_forward"](x)
+        return self.__dict__["_rankloom_forward"](*args, **kwargs)
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
@@ -120,17 +122,29 @@ class _Sliced:
 def attach_modules(model: nn.Module, bindings: list[Binding]) -> None:
     """Route every target's module through its adapters. Nothing but the modules' classes changes."""
     groups: dict[str, list[Binding]] = {}
+    experts: dict[nn.Module, list[Binding]] = {}
     for binding in bindings:
-        groups.setdefault(binding.target.module_name, []).append(binding)
+        if isinstance(binding.layer, ExpertLayer):
+            experts.setdefault(binding.layer.module, []).append(binding)
+        else:
+            groups.setdefault(binding.target.module_name, []).append(binding)
+    for module, group in experts.items():
+        _route(module, nn.ModuleList([b.adapter for b in group]), Experts(group))
     wholes: dict[str, _Whole] = {}
     for name, group in groups.items():
         module, whole = group[0].layer.module, group[0].layer.rows is None
-        module.add_module("rankloom", group[0].adapter if whole else nn.ModuleList([b.adapter for b in group]))
         if whole:
             wholes[name] = _Sibling(group[0]) if group[0].adapter.shares_input else _Whole(group[0])
-        module.__dict__["_rankloom_forward"] = wholes[name] if whole else _Sliced(module, group)
-        module.__class__ = _attached_class(type(module))
+            _route(module, group[0].adapter, wholes[name])
+        else:
+            _route(module, nn.ModuleList([b.adapter for b in group]), _Sliced(module, group))
     _siblings(model, wholes)
+
+
+def _route(module: nn.Module, adapters: nn.Module, forward: Callable[..., Tensor]) -> None:
+    module.add_module("rankloom", adapters)
+    module.__dict__["_rankloom_forward"] = forward
+    module.__class__ = _attached_class(type(module))
 
 
 def detach_modules(bindings: list[Binding]) -> None:

@@ -297,6 +297,7 @@ SPECIAL = {
     "shared table, one use": ("t5", ("encoder.embed_tokens",), {}),
     "convolutions": ("convnet", ("stem", "body"), {}),
     "head": ("llama", ("lm_head",), {}),
+    "experts": ("mixtral", ("gate_up_proj", "down_proj"), {}),
     "regular expression": ("bert", (r"re:.*attention\.self\.(query|value)",), {}),
 }
 
@@ -309,8 +310,17 @@ def test_special_targets(method: str, case: str) -> None:
     inputs = zoo.batch(kind, seed=5)
     before = zoo.logits(model, inputs)
     recipe = zoo.recipe_of(method).with_(targets={"modules": modules, "ties": "untie"})
-    if recipe.init.evidence == "activations" and case in ("embedding", "shared table, one use", "convolutions"):
+    if recipe.init.evidence == "activations" and case in (
+        "embedding",
+        "shared table, one use",
+        "convolutions",
+        "experts",
+    ):
         with pytest.raises(rankloom.errors.TargetError, match="no linear layer"):
+            zoo.adapted(recipe, model, kind)
+        return
+    if recipe.init.evidence == "gradient" and case == "experts":
+        with pytest.raises(rankloom.errors.TargetError, match="one expert of a stack"):
             zoo.adapted(recipe, model, kind)
         return
     handle = zoo.adapted(recipe, model, kind)

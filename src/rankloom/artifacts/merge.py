@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from rankloom.adapters import Binding
 from rankloom.artifacts.handle import Handle, by_module
 from rankloom.artifacts.probe import make_probe, outputs
 from rankloom.errors import ArtifactError
+from rankloom.targets import ExpertLayer
 
 __all__ = [
     "Drift",
@@ -150,11 +151,12 @@ def merge(handle: Handle, probe: Any = None) -> tuple[MergeReport, MergeState]:
 
 def fold(handle: Handle, weights: dict[str, Tensor]) -> MergeState:
     """What to swap into the model, which is detached: merged weights, parameters trained whole, untied settings."""
-    modules = {b.target.module_name: b.layer.module for b in handle.bindings}
+    places = {b.target.module_name: (b.layer.module, getattr(b.layer, "key", "weight")) for b in handle.bindings}
     state = MergeState([], _untied_settings(handle))
     for name, weight in weights.items():
-        flag = modules[name].get_parameter("weight").requires_grad
-        state.parameters.append((modules[name], "weight", nn.Parameter(weight, requires_grad=flag)))
+        module, key = places[name]
+        flag = module.get_parameter(key).requires_grad
+        state.parameters.append((module, key, nn.Parameter(weight, requires_grad=flag)))
     state.parameters.extend(_whole(handle))
     return state
 
@@ -194,6 +196,8 @@ def merged_weights(handle: Handle, delta: Callable[[Binding], Tensor]) -> dict[s
 
 def _merged_weight(group: list[Binding], delta: Callable[[Binding], Tensor]) -> Tensor:
     layer = group[0].layer
+    if isinstance(layer, ExpertLayer):
+        return _finite(_merged_experts(group, delta), group)
     whole = type(layer)(layer.module)
     matrix: Tensor | None = None
     for binding in group:
@@ -203,7 +207,19 @@ def _merged_weight(group: list[Binding], delta: Callable[[Binding], Tensor]) -> 
         rows = slice(*binding.layer.rows) if binding.layer.rows else slice(None)
         matrix[rows] += update
     assert matrix is not None
-    merged = whole.from_matrix(matrix).to(layer.dtype).contiguous()
+    return _finite(whole.from_matrix(matrix).to(layer.dtype).contiguous(), group)
+
+
+def _merged_experts(group: list[Binding], delta: Callable[[Binding], Tensor]) -> Tensor:
+    merged = group[0].layer.parameter.detach().clone()
+    for binding in group:
+        update = delta(binding)
+        matrix = binding.layer.weight().to(update.dtype) + update
+        merged[cast(ExpertLayer, binding.layer).index] = binding.layer.from_matrix(matrix).to(merged.dtype)
+    return merged
+
+
+def _finite(merged: Tensor, group: list[Binding]) -> Tensor:
     if not torch.isfinite(merged).all():
         raise ArtifactError(
             f"the merged weight of {group[0].target.module_name} is not finite in {merged.dtype}: load the base in bfloat16 "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rankloom.calibration.data import Calibration, all_reduce, batches_of, quiet
 from rankloom.errors import DataError, TargetError
 from rankloom.linalg import randomized_svd, truncated_svd
-from rankloom.targets import Conv2dLayer, EmbeddingLayer, Target
+from rankloom.targets import Conv2dLayer, EmbeddingLayer, ExpertLayer, Target
 
 __all__ = ["ActivationComponents", "activation_components", "activation_covariances"]
 
@@ -149,7 +149,7 @@ def _streamed(
 ) -> dict[str, T_co]:
     """Feed every distinct input, rows that count, to a fit of its own (``make(rows)``); its result for every target."""
     for target in targets:
-        if isinstance(target.layer, EmbeddingLayer | Conv2dLayer):
+        if isinstance(target.layer, EmbeddingLayer | Conv2dLayer | ExpertLayer):
             raise TargetError(
                 f"{target.name} is no linear layer, so its inputs are no rows of activations: leave it out of targets, or "
                 f"use an init that does not look at activations"

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankloom.errors import DataError, GradientError
+from rankloom.errors import DataError, GradientError, TargetError
 from rankloom.quantized import differentiable
-from rankloom.targets import Target
+from rankloom.targets import ExpertLayer, Target
 
 __all__ = ["Calibration", "LossFn", "Sink", "all_reduce", "mean_loss", "quiet", "run_pass", "taps"]
 
@@ -76,6 +76,12 @@ class _Tap(torch.autograd.Function):
 @contextmanager
 def taps(model: nn.Module, targets: list[Target], sink: Sink, weight: Callable[[], float]) -> Iterator[None]:
     """Show every target's input and output gradient to ``sink`` during backward passes inside the block."""
+    for target in targets:
+        if isinstance(target.layer, ExpertLayer):
+            raise TargetError(
+                f"{target.name} is one expert of a stack, whose inputs no module sees: leave it out of targets, or use an init "
+                f"that does not look at gradients"
+            )
     alive = torch.zeros((), requires_grad=True)
     by_module: dict[str, list[Target]] = {}
     for target in targets:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rankloom.adapters import Binding
 from rankloom.errors import ArtifactError, near_names
+from rankloom.targets import ExpertLayer
 
 __all__ = ["Reference"]
 
@@ -31,16 +32,18 @@ class Reference:
 
     def matrix(self, binding: Binding) -> Tensor:
         """The target's weight (out, in); a file of the bare body has names without the head model's prefix."""
-        wanted = f"{binding.target.module_name}.weight"
+        expert = binding.layer if isinstance(binding.layer, ExpertLayer) else None
+        wanted = binding.target.module_name + ("" if expert else ".weight")
         found = [name for name in self.files if wanted == name or wanted.endswith(f".{name}")]
         if not found:
             raise ArtifactError(f"{self.path} has no {wanted}{near_names(wanted, self.files, 2)}")
         name, layer = max(found, key=len), binding.layer
         with safe_open(self.files[name], "pt") as tensors:
             stored = tensors.get_tensor(name)
-        if tuple(stored.shape) != tuple(layer.stored.shape):
+        if stored.shape != layer.parameter.shape:
             raise ArtifactError(
-                f"{name} in {self.path} has shape {tuple(stored.shape)}, the model {tuple(layer.stored.shape)}: set {self.fix}"
+                f"{name} in {self.path} has shape {tuple(stored.shape)}, the model {tuple(layer.parameter.shape)}: set {self.fix}"
             )
-        matrix = layer.to_matrix(stored.to(layer.device))
+        own = stored if expert is None else stored[expert.index]
+        matrix = layer.to_matrix(own.to(layer.device))
         return matrix if layer.rows is None else matrix[slice(*layer.rows)]
