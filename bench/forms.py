@@ -170,7 +170,7 @@ def step_of(variant: str, kind: str, model: nn.Module, ids: torch.Tensor) -> Cal
         return limit
     name = variant.removeprefix("peft ")
     if name == variant:
-        target, optimizer = model, adapted(FORMS[name], model).optimizer(1e-4)
+        target, optimizer = model, adapted(FORMS[name], model).optimizer(1e-4, total_steps=1000)
     else:
         target = theirs(FORMS[name], model, MODELS[kind][2]).train()
         optimizer = torch.optim.AdamW([p for p in target.parameters() if p.requires_grad], lr=1e-4)
@@ -294,7 +294,7 @@ def injected(kind: str, forms: list[str], repeats: int = 3) -> list[dict[str, An
         row = {"form": name, "inject_s": statistics.median(seconds["ours"])}
         if form.peft:
             row["peft_inject_s"] = statistics.median(seconds["peft"])
-        optimizer = handle.optimizer(1e-3)
+        optimizer = handle.optimizer(1e-3, total_steps=1000)
         for _ in range(3):
             loss_of(handle.model, input_ids=ids, **labelled(kind, ids)).backward()
             optimizer.step()
