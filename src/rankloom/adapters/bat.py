@@ -41,7 +41,7 @@ class BATAdapter(MaterializedAdapter):
         whole = F.pad(weight, (0, -width % r, 0, -height % r)) if width % r or height % r else weight
         # A block row's r x r blocks lie on top of each other once its rows are cut into pieces of r: one product for all.
         product = (whole.reshape(len(blocks), -1, r) @ blocks).view(len(blocks), r, -1, r)
-        return (product + blocks[:, :, None]).view(whole.shape)[:height, :width]
+        return product.add_(blocks[:, :, None]).view(whole.shape)[:height, :width]
 
 
 @part("adapter", "bat")

@@ -59,7 +59,10 @@ def _formed(update: Update, parameters: Sequence[Tensor], dtype: torch.dtype) ->
     for span in update.spans():
         above = None if weight is None else weight[span]
         rows = update.rows(above, span, *parameters)
-        formed[span] = rows + above if update.added and above is not None else rows
+        if update.added and above is not None:
+            torch.add(rows, above, out=formed[span])
+        else:
+            formed[span] = rows
     return formed
 
 
