@@ -30,6 +30,7 @@ __all__ = ["RingPenalty", "TLoRA", "TLoRAAdapter"]
 
 Bonds = Literal["random", "uniform"]
 MOST_MODES = 8
+THIN = 16  # a multiplication in the cores' thin products takes the time of about so many in one large product
 
 
 class TLoRAAdapter(Adapter):
@@ -126,7 +127,7 @@ class TLoRAAdapter(Adapter):
         """``(T - I) x``; of what it takes only ``x`` is kept for the backward pass."""
         tokens = x.numel() // self.channels
         token, once = ring_change_cost(self.sizes, self.bonds.shape[-1])
-        formed = tokens * self.channels**2 + once <= tokens * token
+        formed = tokens * self.channels**2 + THIN * once <= THIN * tokens * token
         run = self._by_matrix if formed else self._by_cores
         out: Tensor = checkpoint(run, x, *self.cores("T"), use_reentrant=False, preserve_rng_state=False)
         return out
