@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankloom.attention.blocks import BlockExact, Windowed
 from rankloom.attention.contract import Approximation, Factor
+from rankloom.attention.factored import Factored
 from rankloom.attention.heavy import heaviness, heavy_threshold
 from rankloom.attention.mehler import Mehler
 from rankloom.attention.nystrom import Nystrom
@@ -308,3 +309,22 @@ def test_rows_without_difficulty_are_exact() -> None:
     logits = (0.5 * q[0] @ k.mT).masked_fill(at > at[:, None], -torch.inf)
     same = (weights(made, q[0], at, k) - logits.softmax(1)).abs().amax(1) < 1e-12
     assert torch.equal(easy[0], same) and torch.equal(easy[1], same)
+
+
+@pytest.mark.parametrize("kind", ["factored", "windowed", "blocks"])
+def test_kernels_ignore_autocast(kind: str) -> None:
+    """With landmarks, whose features are matrix products: rows in float32 at least, and the denominators are their sums."""
+    q, k, v = (t.detach().float() for t in head(45, 2))
+    p = fitted(q, k)
+    factor, every = Nystrom.fit(p.keys(k), 20, generator=torch.Generator().manual_seed(0)), torch.arange(45)
+    made: dict[str, Approximation] = {
+        "factored": Factored(p, factor, scale=SCALE, causal=True, chunk=8),
+        "windowed": Windowed(p, factor, scale=SCALE, causal=True, window=8, sinks=2),
+        "blocks": BlockExact(p, factor, scale=SCALE, block=9),
+    }
+    plain = made[kind].kernel(k, every)(q[0], every)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(made[kind].kernel(k, every)(q[0], every), plain)
+    torch.testing.assert_close(plain.sum(1), made[kind](q, k, v)[1][0], rtol=1e-4, atol=1e-4)
+    some = torch.tensor([1, 7, 8, 30, 44])
+    torch.testing.assert_close(made[kind].kernel(k, some)(q[0], every), plain[:, some], rtol=1e-4, atol=1e-5)

@@ -53,8 +53,9 @@ class _NearAndFar(Approximation):
     def kernel(self, k: Tensor, to: Tensor) -> Rows:
         fitted, shared = self.preconditioner, self._shared(k)
         keys, log_weight = fitted.keys(k), fitted.log_weights(k)
-        near, some = self._near(keys.detach(), log_weight.detach(), shared), keys.index_select(0, to)
-        far, weight = factored_kernel(some, self.factor), log_weight.index_select(0, to).exp()
+        with torch.autocast(k.device.type, enabled=False):
+            near, some = self._near(keys.detach(), log_weight.detach(), shared), keys.index_select(0, to)
+            far, weight = factored_kernel(some, self.factor), log_weight.index_select(0, to).exp()
 
         def rows(q: Tensor, at: Tensor) -> Tensor:
             queries = fitted.queries(q)

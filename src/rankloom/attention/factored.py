@@ -56,7 +56,8 @@ class Factored(Approximation):
                 f"a kernel is of keys (L, d) at positions (n,); got {tuple(k.shape)} and {tuple(to.shape)}"
             )
         keys, weight = self.preconditioner.keys(k.index_select(0, to)), self.preconditioner.log_weights(k)[to].exp()
-        far = factored_kernel(keys, self.factor)
+        with torch.autocast(k.device.type, enabled=False):
+            far = factored_kernel(keys, self.factor)
 
         def rows(q: Tensor, at: Tensor) -> Tensor:
             queries = self.preconditioner.queries(q)

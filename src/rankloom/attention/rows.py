@@ -111,7 +111,8 @@ class Rows:
         return out, dq, dk, dv
 
     def _approximate(self, samples: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The weighted sums dK (S, n, d) and dV (S, n, d_v) of each sample, in one pass over the keys."""
+        """The weighted sums dK (S, n, d) and dV (S, n, d_v) of each sample, in one pass over the keys: with ``e_ij`` the kernel,
+        ``dV_j = sum_i w_i e_ij G_i / den_i``, and dK from the gradient ``w_i (V_j - O_i) . G_i / den_i`` in ``e_ij``."""
         assert self.grad is not None and self.denominators is not None
         dk, dv = (t.repeat(len(samples), 1, 1) for t in self._empty_sums())
         k = self.k.detach().requires_grad_()
@@ -124,9 +125,9 @@ class Rows:
                     after = index % self.length >= to[0]
                     index, weight = index[after], weight[after]
                 for rows, w in zip(index.split(_PAIRS // _KEYS), weight.split(_PAIRS // _KEYS), strict=True):
-                    at, grad = rows % self.length, self.grad[rows] * (w / self.denominators[rows])[:, None]
+                    grad = self.grad[rows] * (w / self.denominators[rows])[:, None]
                     with torch.enable_grad():
-                        values = kernel(self.q[rows], at)
+                        values = kernel(self.q[rows], rows % self.length)
                     pull = (grad @ self.v[to].mT).sub_((grad * self.out[rows]).sum(1, keepdim=True))
                     dv[s, part].addmm_(values.detach().mT, grad)
                     dk[s, part] += torch.autograd.grad(values, k, pull, retain_graph=True)[0][to]

@@ -12,6 +12,7 @@ from rankloom.attention.cost import CostModel
 __all__ = [
     "ROWS",
     "SCREEN_ROWS",
+    "Candidate",
     "candidates",
     "certificate_seconds",
     "screen_seconds",
