@@ -10,7 +10,6 @@ from torch import nn
 
 from rankloom.adapters import FourierFT
 from rankloom.errors import RecipeError, TargetError
-from rankloom.kernels import materialized
 from rankloom.targets import LinearLayer, Target
 
 SHAPES = [(5, 8), (8, 5), (6, 6), (7, 9), (1, 4), (4, 1)]
@@ -37,8 +36,7 @@ def test_the_update_is_the_real_part_of_the_inverse_transform(shape: tuple[int, 
 
 
 @pytest.mark.parametrize("shape", SHAPES[:4])
-def test_blocks_of_rows_and_gradients(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(materialized, "BLOCK", 2 * shape[1])  # two rows at a time
+def test_the_output_and_its_gradients(shape: tuple[int, int]) -> None:
     adapter, layer = made(shape)
     nn.init.normal_(adapter.c)
     x = torch.randn(6, shape[1], dtype=torch.float64, requires_grad=True)

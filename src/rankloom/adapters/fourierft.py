@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -23,7 +22,7 @@ __all__ = ["FourierFT", "FourierFTAdapter"]
 class FourierFTAdapter(MaterializedAdapter, SeededAdapter):
     """``delta = s * Re(ifft2(S))`` with ``S[i_k, j_k] = c_k``, ``c`` (n,) trained and the places (2, n) frozen.
 
-    A block of rows is formed from its own part of the column transforms, ``n`` of them, and one real FFT along the rows.
+    The update is formed as a whole, by one real transform.
     """
 
     roles: ClassVar[dict[str, str]] = {"c": "coefficients"}
@@ -32,6 +31,7 @@ class FourierFTAdapter(MaterializedAdapter, SeededAdapter):
     def __init__(self, layer: Layer, scale: float, places: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
         self.scale, self.shape = scale, (layer.out_features, layer.in_features)
+        self.multiple = layer.out_features  # one block: a transform has all rows or none
         self.prove(places, device=layer.device)
         self.register_buffer("places", places.to(layer.device), persistent=False)
         self.c = nn.Parameter(torch.zeros(places.shape[1], dtype=dtype, device=layer.device))
@@ -44,17 +44,12 @@ class FourierFTAdapter(MaterializedAdapter, SeededAdapter):
         (c,) = tensors
         wide = c.to(torch.promote_types(c.dtype, torch.float32))
         (out, width), (i, j) = self.shape, self.places
-        # The real part of a transform is that of its Hermitian half: frequency j and -j are one bin.
-        folded = torch.minimum(j, width - j)
-        alone = (folded == 0) | (2 * folded == width)
-        turns = torch.arange(out, dtype=torch.float64, device=c.device) * (2 * math.pi / out)
-        real, imaginary = turns.cos().to(wide.dtype), turns.sin().to(wide.dtype)
-        at = (i[:, None] * torch.arange(span.start, span.stop, device=c.device)) % out
-        sign = torch.where(alone, 0.0, torch.where(folded == j, 0.5, -0.5)).to(wide.dtype)
-        share = torch.where(alone, 1.0, 0.5).to(wide.dtype)
-        columns = torch.complex(share[:, None] * real[at], sign[:, None] * imaginary[at]) * wide[:, None]
-        half = columns.new_zeros(width // 2 + 1, columns.shape[1]).index_add(0, folded, columns)
-        return (torch.fft.irfft(half, n=width, dim=0) * (self.scale / out)).mT
+        # The real part of a transform is that of the spectrum's Hermitian half, to which frequency (-i, -j) gives as much.
+        i, j = torch.cat([i, (-i) % out]), torch.cat([j, (-j) % width])
+        kept = 2 * j <= width
+        half = wide.new_zeros(out, width // 2 + 1)
+        half = half.index_put((i[kept], j[kept]), (0.5 * self.scale * torch.cat([wide, wide]))[kept], accumulate=True)
+        return torch.fft.irfft2(half, s=(out, width))[span]
 
 
 @part("adapter", "fourierft")
