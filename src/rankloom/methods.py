@@ -443,7 +443,7 @@ TABLE: dict[str, Method] = {
         "arXiv 2502.06820",
         "The update is the inverse cosine transform of 1000 learned coefficients whose places are learned as well.",
         parameters="n per target, and 2 n places while those learn",
-        export="exact (rank n) up to full rank, else the best rank-k approximation with its measured error",
+        export="best rank-k approximation with its measured error; exact (rank n) where n is at most the weight's sides",
         deviations="phases are counted in optimizer steps (the released code counts training forwards), places learn for a tenth "
         "of the run, and one that was pushed out of its range can come back.",
     ),

@@ -145,6 +145,7 @@ def test_the_handle_is_left_as_it_was(format: Any, attached: bool, tmp_path: Pat
 @pytest.mark.parametrize("kind", TRANSFORMERS)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_merged_folder_is_an_ordinary_model(method: str, kind: str, tmp_path: Path) -> None:
+    zoo.require_matrix(method)
     handle = adapted(method, kind)
     inputs = zoo.batch(kind)
     expected = zoo.logits(handle.model, inputs)

@@ -21,6 +21,7 @@ METHODS = tuple(rankloom.methods.TABLE)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", zoo.MODELS)
 def test_attaching_training_and_merging_do_not_change_it(method: str, kind: str) -> None:
+    zoo.require_matrix(method)
     model = zoo.build(kind)
     handle = zoo.adapted(method, model, kind)
     carried = handle.trained_whole()

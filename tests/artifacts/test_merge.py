@@ -30,6 +30,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("kind", zoo.MODELS)
 @pytest.mark.parametrize("method", METHODS)
 def test_merged_model_computes_what_the_adapted_one_did_and_unmerge_restores_it(method: str, kind: str) -> None:
+    zoo.require_matrix(method)
     model, inputs = zoo.build(kind), zoo.batch(kind)
     bare, content = identities(model), values(model)
     handle = zoo.adapted(method, model, kind)

@@ -20,7 +20,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.mark.parametrize(("causal", "seed"), [(False, 1), (False, 19), (True, 1), (True, 19)])
 def test_over_all_rows_the_estimate_is_the_truth(bench: ModuleType, causal: bool, seed: int) -> None:
     drawn = bench.draw(seed, 768, causal)
-    head = bench.coverage(drawn, 2 * 768)
+    head = bench.coverage(drawn, 2 * 768, 768)
     assert set(head["true"]) == set(head["estimates"]) == set(bench.NAMES)
     assert max(head["true"][name] for name in ("output", "dQ", "dK", "dV")) <= drawn.target <= bench.LIMIT
     for name, (error, _) in head["estimates"].items():

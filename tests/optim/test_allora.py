@@ -95,7 +95,7 @@ def test_after_adamw_the_coefficient_is_a_learning_rate_of_the_row() -> None:
 def test_the_table_says_what_is_reconstructed() -> None:
     entry = methods.TABLE["allora"]
     adapter = entry.recipe.adapter
-    assert adapter.scale_of("any") == 1 and adapter.dropout == 0  # type: ignore[attr-defined]
+    assert adapter.alpha == adapter.rank and adapter.dropout == 0  # type: ignore[attr-defined]
     assert "reconstructed" in entry.deviations
     with pytest.raises(RecipeError, match="eta must be above 0"):
         Recipe(optimizer=ALLoRA(eta=0)).check()

@@ -25,6 +25,15 @@ FITTING: dict[str, dict[str, Any]] = {
     "adalora": {"adapter.rank": 6, "rank.target_rank": 3, "rank.interval": 2},
     "galore": {"optimizer.rank": 4, "optimizer.every": 3},
     "lora-sb": {"adapter.rank": 8},
+    "randlora": {"adapter.rank": 8},
+    "fourierft": {"adapter.coefficients": 50},
+    "loca": {"adapter.coefficients": 50},
+    "miss": {"adapter.rank": 8},
+    "bat": {"adapter.rank": 8},
+    "bone": {"adapter.rank": 8},
+    "relora": {"adapter.rank": 8, "lifecycle.every": 4},
+    "cola": {"lifecycle.every": 4},
+    "rac-lora": {"lifecycle.every": 4},
 }
 
 
