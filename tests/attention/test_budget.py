@@ -78,7 +78,7 @@ def test_calibration_waits_until_its_share_has_run_and_is_paid_for() -> None:
 
 def test_an_advance_for_a_calibration_is_lent_against_half_a_refresh_period() -> None:
     length = 20_000
-    enough = ceil(2 * (calibration_pairs(PLACE) / length**2 + 3))  # one pass a step, and three are kept for the search
+    enough = ceil(2 * (calibration_pairs(PLACE) / length**2 + 6))  # one pass a step, and six are kept for the search
     for refresh in (enough, enough - 1):
         budget = account(cost=None, share=0.0, refresh=refresh)
         budget.ran(PLACE, (length,), 1)

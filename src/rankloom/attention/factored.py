@@ -55,7 +55,8 @@ class Factored(Approximation):
             raise AttentionError(
                 f"a kernel is of keys (L, d) at positions (n,); got {tuple(k.shape)} and {tuple(to.shape)}"
             )
-        keys, weight = self.preconditioner.keys(k.index_select(0, to)), self.preconditioner.log_weights(k)[to].exp()
+        some = k.index_select(0, to)
+        keys, weight = self.preconditioner.keys(some), self.preconditioner.log_weights(some, k.detach()).exp()
         with torch.autocast(k.device.type, enabled=False):
             far = factored_kernel(keys, self.factor)
 

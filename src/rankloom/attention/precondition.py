@@ -67,10 +67,12 @@ class Preconditioner:
         """``k~`` of ``k`` (..., d), in float32 at least."""
         return _apply(k, self.key_mean, self.key_map)
 
-    def log_weights(self, k: Tensor) -> Tensor:
-        """``lw`` of the keys ``k`` (L, d), shifted so that the largest is 0: (L,)."""
-        shifted = _apply(k, self.key_mean, self.scale * self.query_mean)
-        return shifted - shifted.detach().amax()
+    def log_weights(self, k: Tensor, among: Tensor | None = None) -> Tensor:
+        """``lw`` of the keys ``k`` (L, d), shifted so that the largest of them, or ``among`` keys (n, d), is 0: (L,)."""
+        centre = self.scale * self.query_mean
+        weights = _apply(k, self.key_mean, centre)
+        every = weights if among is None else _apply(among, self.key_mean, centre)
+        return weights - every.detach().amax()
 
 
 def _sample(x: Tensor, rows: int, generator: torch.Generator | None) -> Tensor:
