@@ -14,6 +14,7 @@ the features of wide factors are formed for no others.
 
 Errors are relative to the approximate tensor, which is known exactly; as ``|exact| >= |approximate| - error``, an absolute
 limit ``u`` is the relative limit ``u / (|approximate| - u)``, infinite where the approximate tensor is no larger than its error.
+No limit is below the rounding of the tensors' own sums.
 
 **Control variate**: ``approximate + mean D_r`` is unbiased for the exact gradient, with the sampling variance of the mean as
 its squared error. It is offered where that is below the estimate of ``|D|^2``. (The choice rests on the same rows, so exactly
@@ -42,6 +43,8 @@ __all__ = ["KEYS", "Certificate", "Estimate", "certify"]
 _ROWS, _SHARE = 256, 256  # by default one row in so many, and no more than 256
 KEYS = 3072
 """At which dK and dV are compared."""
+ROUNDINGS = 8
+"""No limit is below so many units of rounding: about 1e-6 in float32."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,9 @@ def _relative(approximate: Tensor, squared: float, squared_upper: float) -> Esti
     upper = math.sqrt(squared_upper)
     if norm == 0.0:
         return Estimate(0.0, 0.0) if upper == 0.0 else Estimate(math.inf, math.inf)
-    return Estimate(math.sqrt(max(squared, 0.0)) / norm, upper / (norm - upper) if upper < norm else math.inf)
+    limit = upper / (norm - upper) if upper < norm else math.inf
+    # Both tensors carry the rounding of their own sums, which rows formed apart do not show.
+    return Estimate(math.sqrt(max(squared, 0.0)) / norm, max(limit, ROUNDINGS * torch.finfo(approximate.dtype).eps))
 
 
 def _corrected(approximate: Tensor, found: SumOfRows) -> Estimate:
