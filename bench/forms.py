@@ -218,7 +218,7 @@ def extra_macs(adapter: Any, out: int, into: int, tokens: int) -> float:
         "SelectedAdapter": lambda: 3.0 * tokens * len(adapter.index) * (out if adapter.side == "in" else into),
         "MiSSAdapter": lambda: 3.0 * tokens * adapter.rank * out,
         "HydraAdapter": lambda: factored(len(adapter.A) + len(adapter.A_s)) + 2.0 * len(adapter.A_s) * out * into,
-        "FlyLoRAAdapter": lambda: factored(adapter.rank, right=False),
+        "FlyLoRAAdapter": lambda: factored(adapter.B.shape[1], right=False),
         "LoKrAdapter": kronecker,
         "SoKAAdapter": kronecker,
         "LoHaAdapter": lambda: min(factored(adapter.rank**2), formed(2 * adapter.rank)),
@@ -226,7 +226,7 @@ def extra_macs(adapter: Any, out: int, into: int, tokens: int) -> float:
         "TLoRAAdapter": ring,
         "BATAdapter": lambda: formed(adapter.rank),
         "SaRAAdapter": lambda: formed(0),
-        "SNELLAdapter": lambda: formed(4 / 3 * adapter.dim),
+        "SNELLAdapter": lambda: formed(4 / 3 * len(adapter.Q) * adapter.Q.shape[2]),
         "RandLoRAAdapter": lambda: formed(min(out, into)),
         "FourierFTAdapter": lambda: formed(1),
     }
