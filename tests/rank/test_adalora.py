@@ -62,7 +62,7 @@ def test_fractions_are_of_the_run_and_impossible_runs_are_refused() -> None:
     with pytest.raises(RecipeError, match=r"total_steps"):
         handle.optimizer(1e-2)
     refused = adapt(zoo.build("convnet"), recipe(warmup=5, final=5))
-    with pytest.raises(RecipeError, match=r"no steps left to prune in: warmup 5 \+ final 5 of 10"):
+    with pytest.raises(RecipeError, match=r"no steps left to act in: warmup 5 \+ final 5 of 10"):
         refused.optimizer(1e-2, total_steps=10)
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rankloom.adapters import Binding
 from rankloom.errors import RecipeError
-from rankloom.events import Schedule, broadcast
+from rankloom.events import broadcast
 from rankloom.parts import part
 from rankloom.rank.base import RankPart
-from rankloom.rank.importance import Sensitivity, budget_at, steps_of
+from rankloom.rank.importance import BudgetSchedule, Sensitivity
 
 __all__ = ["AdaLoRA", "AdaLoRASchedule"]
 
@@ -26,27 +25,13 @@ def decide(scores: Tensor, keep: int) -> Tensor:
     return mask
 
 
-class AdaLoRASchedule(Schedule):
+class AdaLoRASchedule(BudgetSchedule):
     """The allocator of one run. A component is pruned by zeroing its core entry; until the final phase it may revive."""
 
     def __init__(self, settings: AdaLoRA, bindings: list[Binding], total_steps: int) -> None:
-        self.settings, self.bindings, self.total = settings, bindings, total_steps
-        self.warmup, self.final = (steps_of(s, total_steps) for s in (settings.warmup, settings.final))
-        if self.warmup >= total_steps - self.final:
-            raise RecipeError(
-                f"AdaLoRA has no steps left to prune in: warmup {self.warmup} + final {self.final} of {total_steps} steps; "
-                f"train longer or lower rank.warmup and rank.final"
-            )
-        self.interval = settings.interval
-        self.first = sum(b.adapter.rank for b in bindings)
-        self.last = settings.target_rank * len(bindings)
-        self.scores = {
-            b.name: {n: Sensitivity(p) for n, p in b.adapter.named_parameters() if n in "ABE"} for b in bindings
-        }
-
-    def budget(self, step: int) -> int:
-        """Live components wanted after ``step`` steps."""
-        return budget_at(step, first=self.first, last=self.last, warmup=self.warmup, final=self.final, total=self.total)
+        budget = sum(b.adapter.rank for b in bindings), settings.target_rank * len(bindings)
+        scores = {b.name: {n: Sensitivity(p) for n, p in b.adapter.named_parameters() if n in "ABE"} for b in bindings}
+        super().__init__(settings, bindings, total_steps, budget, scores)
 
     def extra_loss(self, step: int) -> Tensor | None:
         """``weight / N * sum ||A A^T - I||_F + ||B^T B - I||_F`` over the N factor tensors (norms, not squared)."""
@@ -60,18 +45,11 @@ class AdaLoRASchedule(Schedule):
     def after_step(self, step: int) -> None:
         """Scores move while the budget does; the pattern, once final, is enforced after every step."""
         if step < self.total - self.final:
-            for tensors in self.scores.values():
-                for sensitivity in tensors.values():
-                    sensitivity.update(self.settings.beta1, self.settings.beta2)
+            self.update_scores()
         if step == self.total - self.final:
             self.apply(self.plan(step), final=True)
         for b in self.bindings:
             b.adapter.E.mul_(b.adapter.mask)
-
-    @torch.no_grad()
-    def on_interval(self, step: int) -> None:
-        if self.warmup < step < self.total - self.final:
-            self.apply(self.plan(step))
 
     def component_scores(self) -> Tensor:
         """``q(E_i) + mean_j q(A_ij) + mean_j q(B_ji)`` of every component, targets in order."""
@@ -92,18 +70,6 @@ class AdaLoRASchedule(Schedule):
             b.adapter.E.mul_(live)
             if final:
                 b.adapter.mask.copy_(live)  # the plan, not E != 0: a kept component may be at zero
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            f"{target}.{name}.{key}": getattr(sensitivity, key)
-            for target, tensors in self.scores.items()
-            for name, sensitivity in tensors.items()
-            for key in ("mean", "spread")
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for key, tensor in self.state_dict().items():
-            tensor.copy_(state[key])
 
 
 @part("rank", "adalora")

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rankloom.adapters import Binding
 from rankloom.errors import RecipeError
-from rankloom.events import Schedule, broadcast
+from rankloom.events import broadcast
 from rankloom.parts import part
 from rankloom.rank.base import RankPart
-from rankloom.rank.importance import Sensitivity, budget_at, steps_of
+from rankloom.rank.importance import BudgetSchedule, Sensitivity
 
 __all__ = ["SparsityBudget", "SparsitySchedule", "allocate"]
 
@@ -41,41 +40,22 @@ def allocate(scores: Tensor, budget: int, caps: Tensor) -> Tensor:
     return shares
 
 
-class SparsitySchedule(Schedule):
+class SparsitySchedule(BudgetSchedule):
     """The allocator of one run: sets every adapter's ``kept``."""
 
     def __init__(self, settings: SparsityBudget, bindings: list[Binding], total_steps: int) -> None:
-        self.settings, self.bindings, self.total = settings, bindings, total_steps
-        self.warmup, self.final = (steps_of(s, total_steps) for s in (settings.warmup, settings.final))
-        if self.warmup >= total_steps - self.final:
-            raise RecipeError(
-                f"no steps are left to allocate in: warmup {self.warmup} + final {self.final} of {total_steps} steps; train "
-                f"longer or lower rank.warmup and rank.final"
-            )
-        self.interval = settings.interval
         self.caps = torch.tensor([b.target.shape[0] * b.target.shape[1] for b in bindings])
-        self.first = sum(
-            cap - int(b.adapter.sparsity * cap) for b, cap in zip(bindings, self.caps.tolist(), strict=True)
-        )
-        self.last = sum(cap - int(settings.target_sparsity * cap) for cap in self.caps.tolist())
-        self.scores = {b.name: {n: Sensitivity(getattr(b.adapter, n)) for n in "QP"} for b in bindings}
-
-    def budget(self, step: int) -> int:
-        """Nonzero entries wanted over all targets after ``step`` steps."""
-        return budget_at(step, first=self.first, last=self.last, warmup=self.warmup, final=self.final, total=self.total)
+        caps = self.caps.tolist()
+        first = sum(cap - int(b.adapter.sparsity * cap) for b, cap in zip(bindings, caps, strict=True))
+        last = sum(cap - int(settings.target_sparsity * cap) for cap in caps)
+        scores = {b.name: {n: Sensitivity(getattr(b.adapter, n)) for n in "QP"} for b in bindings}
+        super().__init__(settings, bindings, total_steps, (first, last), scores)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         if step <= self.total - self.final:
-            for tensors in self.scores.values():
-                for sensitivity in tensors.values():
-                    sensitivity.update(self.settings.beta1, self.settings.beta2)
+            self.update_scores()
         if step == self.total - self.final:
-            self.apply(self.plan(step))
-
-    @torch.no_grad()
-    def on_interval(self, step: int) -> None:
-        if self.warmup < step < self.total - self.final:
             self.apply(self.plan(step))
 
     def layer_scores(self) -> Tensor:
@@ -91,18 +71,6 @@ class SparsitySchedule(Schedule):
         """Set them."""
         for b, kept in zip(self.bindings, plan, strict=True):
             b.adapter.kept.copy_(kept)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            f"{target}.{name}.{key}": getattr(sensitivity, key)
-            for target, tensors in self.scores.items()
-            for name, sensitivity in tensors.items()
-            for key in ("mean", "spread")
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for key, tensor in self.state_dict().items():
-            tensor.copy_(state[key])
 
 
 @part("rank", "sparsity-budget")
