@@ -11,7 +11,8 @@ from torch import Tensor
 from rankloom.kernels import dora_linear, lowrank_linear
 from rankloom.linalg import best_rank, orthonormal, randomized_svd, truncated_svd
 from rankloom.optim import SVDProjector
-from rankloom.rank.adalora import budget_at, decide
+from rankloom.rank.adalora import decide
+from rankloom.rank.importance import budget_at
 
 size = st.integers(1, 9)
 seeds = st.integers(0, 2**16)
