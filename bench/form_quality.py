@@ -2,9 +2,12 @@
 
 One real task on a real model for each modality, budgets of trained parameters that are LoRA's at rank 8 and at rank 1 on all
 linear layers, and for every form the size (rank, coefficients, blocks ...) that comes nearest to the budget; a form that
-cannot come within a fifth of it is left out of that budget, and the result says so. Search, seeds, intervals and everything
-else as in ``gradient_informed.py``: four learning rates for each form, fresh seeds at the best, differences to LoRA paired by
-seed. Ties are ties.
+cannot come within a fifth of it is left out of that budget, and the result says so. ``alpha`` keeps its proportion to the
+rank.
+
+Forms want learning rates that are decades apart, and nobody's grid is fair to all. So each rate is searched blindly: five
+complete runs a form, placed by a Fibonacci search over twelve rates from 1e-6 to 0.3. Then fresh seeds at the best; intervals
+and everything else as in ``gradient_informed.py``, differences to LoRA paired by seed. Ties are ties.
 
     python bench/form_quality.py --budget r8 --json bench/results/form_quality_r8.json
     python bench/form_quality.py --budget r1 --json bench/results/form_quality_r1.json
@@ -14,6 +17,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -21,19 +26,65 @@ import rankloom
 from fine_tuning import TASKS, Bench, Method
 from rankloom.errors import RankloomError
 from rankloom.targets import Target, find_targets
+from search import Fibonacci
 from study import Study
 
 NEAR = 0.2
 """How far from the budget a form may stay, as a share of it."""
 BUDGETS = {"r8": 8, "r1": 1}
 """LoRA's rank that sets the number of trained parameters."""
-SIZES: dict[str, tuple[str, int]] = {
-    "lora": ("adapter.rank", 0),
-    "dora": ("adapter.rank", 0),
-    "lora-fa": ("adapter.rank", 0),
-    "lora-xs": ("adapter.rank", 1),
+LARGEST = 1 << 14
+MOST = {"vera": 1024}
+"""Of a size, where more only costs: VeRA's products grow with a rank far beyond any weight's."""
+
+Changes = dict[str, Any]
+"""To a row of the table."""
+
+
+def sized(setting: str, **kept: str) -> Callable[[str, int], Changes]:
+    """The setting at some size, and others in the row's own proportion to it."""
+
+    def changes(row: str, size: int) -> Changes:
+        adapter = rankloom.methods.get(row).adapter
+        share = {other: getattr(adapter, other) / getattr(adapter, setting) for other in kept.values()}
+        # Counts stay counts: an `active` of FlyLoRA is a number of experts.
+        scaled = {o: type(getattr(adapter, o))(max(1, round(size * s))) for o, s in share.items()}
+        return {f"adapter.{name}": value for name, value in ({setting: size} | scaled).items()}
+
+    return changes
+
+
+RANK, RANK_ALPHA = sized("rank"), sized("rank", alpha="alpha")
+SIZES: dict[str, Callable[[str, int], Changes]] = {
+    "lora": RANK_ALPHA,
+    "dora": RANK_ALPHA,
+    "lora-fa": RANK_ALPHA,
+    "lora-xs": RANK_ALPHA,
+    "cora": RANK_ALPHA,
+    "sbora-fa": RANK_ALPHA,
+    "sbora-fb": RANK_ALPHA,
+    "lamda": RANK_ALPHA,
+    "hydra": RANK_ALPHA,
+    "salt": sized("lora_rank"),
+    "svfit": RANK,
+    "loldu": RANK_ALPHA,
+    "vera": RANK,
+    "nola": sized("bases"),
+    "randlora": RANK,
+    "flylora": sized("rank", alpha="alpha", active="active"),
+    "fourierft": sized("coefficients"),
+    "loca": sized("coefficients"),
+    "miss": RANK,
+    "bat": RANK,
+    "sara": lambda row, size: {"adapter.fraction": size / LARGEST},
+    "snell": sized("dim"),
+    "snella": sized("dim"),
+    "lokr": RANK_ALPHA,
+    "loha": RANK_ALPHA,
+    "soka": RANK,
+    "tlora": RANK,
 }
-"""The setting that decides how much a form trains, and its rates' place on the ladder against LoRA's (``Method.shift``)."""
+"""What of a form decides how much it trains."""
 
 
 @cache
@@ -44,28 +95,30 @@ def targets_of(task: str) -> tuple[Target, ...]:
     return tuple(find_targets(prepared.model, chosen))
 
 
-def count(row: str, setting: str, size: int, targets: tuple[Target, ...]) -> int:
+def count(row: str, size: int, targets: tuple[Target, ...]) -> int:
     """What a form of this size trains; -1 where it cannot be that large."""
-    recipe = rankloom.methods.get(row).with_({setting: size})
     try:
+        recipe = rankloom.methods.get(row).with_(SIZES[row](row, size))
         recipe.adapter.check()
         recipe.adapter.check_on(list(targets))
-        return sum(p.numel() for t in targets for p in recipe.adapter.build(t).parameters())
+        alike = Counter(target.shape for target in targets)
+        one = {target.shape: target for target in targets}
+        return sum(n * sum(p.numel() for p in recipe.adapter.build(one[s]).parameters()) for s, n in alike.items())
     except RankloomError:
         return -1
 
 
-def nearest(row: str, setting: str, budget: int, targets: tuple[Target, ...]) -> int | None:
+def nearest(row: str, budget: int, targets: tuple[Target, ...]) -> int | None:
     """The size whose count is nearest to the budget; None where none is near. Counts grow with the size, or fall."""
-    tried = {size: count(row, setting, size, targets) for size in (1, 2)}
-    rising = tried[2] >= tried[1]
-    low, high = 1, 2
-    while tried[high] != -1 and (tried[high] < budget) is rising and high < 1 << 20:
+    tried = {size: count(row, size, targets) for size in (1, 2, 4)}
+    rising = tried[4] >= tried[1]
+    low, high = 1, 4
+    while tried[high] != -1 and (tried[high] < budget) is rising and high < MOST.get(row, LARGEST):
         low, high = high, 2 * high
-        tried[high] = count(row, setting, high, targets)
+        tried[high] = count(row, high, targets)
     while high - low > 1:
         middle = (low + high) // 2
-        tried[middle] = count(row, setting, middle, targets)
+        tried[middle] = count(row, middle, targets)
         below = tried[middle] != -1 and (tried[middle] < budget) is rising
         low, high = (middle, high) if below else (low, middle)
     found = min((s for s in tried if tried[s] > 0), key=lambda s: abs(tried[s] - budget), default=None)
@@ -76,14 +129,10 @@ def methods(task: str, budget: str) -> dict[str, Method]:
     """Every form at the size that the budget allows."""
     targets = targets_of(task)
     want = BUDGETS[budget] * sum(sum(t.shape) for t in targets)
-    sized = {row: nearest(row, setting, want, targets) for row, (setting, _) in SIZES.items()}
-    left_out = [row for row, size in sized.items() if size is None]
-    print(f"{task}, {want:,} parameters: {sized}" + (f"; no size near it: {left_out}" if left_out else ""), flush=True)
-    return {
-        row: Method(row, ((SIZES[row][0], size),), shift=SIZES[row][1])
-        for row, size in sized.items()
-        if size is not None
-    }
+    sizes = {row: nearest(row, want, targets) for row in SIZES}
+    left_out = [row for row, size in sizes.items() if size is None]
+    print(f"{task}, {want:,} parameters: {sizes}" + (f"; no size near it: {left_out}" if left_out else ""), flush=True)
+    return {row: Method(row, tuple(SIZES[row](row, size).items())) for row, size in sizes.items() if size is not None}
 
 
 def main(argv: list[str]) -> None:
@@ -93,7 +142,7 @@ def main(argv: list[str]) -> None:
     args, rest = parser.parse_known_args(argv)
     name = f"form_quality_{args.budget}"
     drawn: dict[str, Any] = {"lora": "tab:gray", "dora": "tab:blue"}
-    study = Study(name, __doc__.split("\n")[0], methods(args.task, args.budget), drawn, (args.task,))
+    study = Study(name, __doc__.split("\n")[0], methods(args.task, args.budget), drawn, (args.task,), Fibonacci())
     study.main(rest)
 
 

@@ -21,8 +21,7 @@ import torch
 
 from common import provenance, table, write
 from fine_tuning import TASKS, Bench, Method
-
-LADDER = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+from search import LADDER, Grid, Search, best
 
 
 class Runs:
@@ -51,13 +50,9 @@ def final(line: dict[str, Any]) -> float:
     return value if math.isfinite(value) else math.inf
 
 
-def chosen(runs: Runs, bench: Bench, method: str, grid: list[float]) -> float | None:
-    """The rate of the lowest final validation loss, once every rate of the grid has run and one has not diverged."""
-    found = {line["lr"]: final(line) for line in runs.of(bench, method=method, phase="search")}
-    if not set(grid) <= found.keys():
-        return None
-    best = min(grid, key=lambda lr: found[lr])
-    return best if math.isfinite(found[best]) else None
+def searched(runs: Runs, bench: Bench, method: str) -> dict[float, float]:
+    """The final validation loss of every rate that a method has been run with in a search."""
+    return {line["lr"]: final(line) for line in runs.of(bench, method=method, phase="search")}
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -98,7 +93,8 @@ def show(bench: Bench, rows: list[dict[str, Any]]) -> None:
 
 @dataclass(frozen=True)
 class Study:
-    """Methods by label; ``drawn``: the colours of those whose curves are shown; ``tasks``: of :data:`fine_tuning.TASKS`.
+    """Methods by label; ``drawn``: the colours of those whose curves are shown; ``tasks``: of :data:`fine_tuning.TASKS`;
+    ``rule``: how every method's rate is searched, instead of four of the ladder around where its rates are known to lie.
 
     Differences are to the method called ``lora``, paired by seed, as data and order are the same.
     """
@@ -108,47 +104,56 @@ class Study:
     methods: dict[str, Method]
     drawn: dict[str, str] = field(default_factory=dict)
     tasks: tuple[str, ...] = tuple(TASKS)
+    rule: Search | None = None
 
-    def rates(self, bench: Bench, method: str, given: list[float] | None) -> list[float]:
-        """The four rates of a method, or the given ones."""
+    def search(self, bench: Bench, method: str, given: list[float] | None) -> Search:
+        """How a method's rate is found: among the given ones, or by the study's rule."""
+        if given:
+            return Grid(tuple(given))
+        if self.rule is not None:
+            return self.rule
         first = LADDER.index(bench.task.first) + self.methods[method].shift
-        return given or list(LADDER[first : first + 4])
+        return Grid(LADDER[first : first + 4])
 
     def work(
         self, bench: Bench, runs: Runs, methods: list[str], seeds: int, given: list[float] | None, late: Callable
     ) -> None:
         """Search, then the measured seeds, method by method; whatever is there already is skipped."""
 
-        def once(method: str, lr: float, seed: int, phase: str) -> None:
-            if runs.of(bench, method=method, lr=lr, seed=seed, phase=phase) or late():
-                return
+        def once(method: str, lr: float, seed: int, phase: str) -> bool:
+            if runs.of(bench, method=method, lr=lr, seed=seed, phase=phase):
+                return True
+            if late():
+                return False
             result = bench.run(self.methods[method], lr, seed, search=phase == "search")
             key = {"task": bench.name, "method": method, "lr": lr, "seed": seed, "phase": phase}
             runs.add({**key, "settings": bench.settings, **result})
             print(f"{bench.name} {method} lr {lr:g} seed {seed} {phase}: {final(runs.lines[-1]):.4f}", flush=True)
+            return True
 
         for method in methods:
-            grid = self.rates(bench, method, given)
-            for lr in grid:
-                once(method, lr, 0, "search")
-            best = chosen(runs, bench, method, grid)
-            for seed in range(1, seeds + 1) if best is not None else ():
-                once(method, best, seed, "measured")
+            search = self.search(bench, method, given)
+            while (wanted := search.visit(searched(runs, bench, method))[1]) is not None:
+                if not once(method, wanted, 0, "search"):
+                    break
+            rate = best(search, searched(runs, bench, method))
+            for seed in range(1, seeds + 1) if rate is not None else ():
+                once(method, rate, seed, "measured")
 
     def summary(self, bench: Bench, runs: Runs, methods: list[str], given: list[float] | None) -> list[dict[str, Any]]:
         """A row a method: its rate, what it trains and costs, its curve, and its difference to LoRA seed by seed."""
         rows = []
         lora = {line["seed"]: line for line in runs.of(bench, method="lora", phase="measured")}
         for method in methods:
-            grid = self.rates(bench, method, given)
-            best = chosen(runs, bench, method, grid)
-            lines = runs.of(bench, method=method, phase="measured", lr=best)
+            search = self.search(bench, method, given)
+            rate = best(search, searched(runs, bench, method))
+            lines = runs.of(bench, method=method, phase="measured", lr=rate)
             if not lines:
                 continue
             row: dict[str, Any] = {
                 "method": method,
-                "lr": best,
-                "edge": best in (grid[0], grid[-1]),
+                "lr": rate,
+                "edge": search.at_edge(rate),
                 "seeds": len(lines),
             }
             row |= {"trainable": lines[0]["trainable"]}

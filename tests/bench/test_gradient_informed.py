@@ -85,10 +85,29 @@ def test_a_diverged_rate_is_never_chosen(study: ModuleType, bench: Any, tmp_path
     curves = {1e-3: {"4": {"loss": 2.0}}, 1e-2: {"4": {"loss": math.nan}}, 1e-1: {}}
     path = tmp_path / "runs.jsonl"
     path.write_text("\n".join(json.dumps({**key, "lr": lr, "curve": curve}) for lr, curve in curves.items()))
-    runs = study.Runs(path)
-    assert study.chosen(runs, bench, "lora", list(curves)) == 1e-3
-    assert study.chosen(runs, bench, "lora", [1e-3, 1e-4]) is None  # not searched yet
-    assert study.chosen(runs, bench, "lora", [1e-2, 1e-1]) is None
+    found = study.searched(study.Runs(path), bench, "lora")
+    assert study.best(study.Grid(tuple(curves)), found) == 1e-3
+    assert study.best(study.Grid((1e-3, 1e-4)), found) is None  # not searched yet
+    assert study.best(study.Grid((1e-2, 1e-1)), found) is None
+
+
+@pytest.mark.parametrize("where", range(12))
+def test_a_fibonacci_search_finds_the_minimum_in_five_runs(study: ModuleType, where: int) -> None:
+    from search import LADDER, Fibonacci
+
+    search, found = Fibonacci(), dict[float, float]()
+    while (wanted := search.visit(found)[1]) is not None:
+        place = LADDER.index(wanted)
+        found[wanted] = float(where - place) if place <= where else math.inf  # falls, then diverges
+    assert len(found) == 5 and study.best(search, found) == LADDER[where]
+    assert search.at_edge(LADDER[where]) is (where in (0, 11))
+
+
+def test_a_fibonacci_search_says_which_ladders_it_takes(study: ModuleType) -> None:
+    from search import Fibonacci
+
+    with pytest.raises(ValueError, match="10 rates: a Fibonacci search takes one less"):
+        Fibonacci(tuple(range(10))).visit({})
 
 
 @pytest.mark.parametrize("gap, width, said", [(-0.2, 0.1, "better"), (0.2, 0.1, "worse"), (-0.1, 0.2, "=")])
