@@ -1,9 +1,9 @@
 """Which adapter form learns best at an equal number of trained parameters?
 
-One real task on a real model for each modality, budgets of trained parameters that are LoRA's at rank 8 and at rank 1 on all
-linear layers, and for every form the size (rank, coefficients, blocks ...) that comes nearest to the budget; a form that
-cannot come within a fifth of it is left out of that budget, and the result says so. ``alpha`` keeps its proportion to the
-rank.
+One real task on a real model for each modality, budgets of trained parameters that are LoRA's at rank 8, at rank 1, and a
+quarter of that, where LoRA adapts fewer layers (:data:`FEWER`), and for every form the size (rank, coefficients, blocks ...)
+that comes nearest to the budget; a form that cannot come within a fifth of it is left out of that budget, and the result says
+so. ``alpha`` keeps its proportion to the rank.
 
 Forms want learning rates that are decades apart, and nobody's grid is fair to all. So each rate is searched blindly: five
 complete runs a form, placed by a Fibonacci search over twelve rates from 1e-6 to 0.3. Then fresh seeds at the best; intervals
@@ -11,6 +11,7 @@ and everything else as in ``gradient_informed.py``, differences to LoRA paired b
 
     python bench/form_quality.py --budget r8 --json bench/results/form_quality_r8.json
     python bench/form_quality.py --budget r1 --json bench/results/form_quality_r1.json
+    python bench/form_quality.py --budget quarter --json bench/results/form_quality_quarter.json
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ from study import Study
 
 NEAR = 0.2
 """How far from the budget a form may stay, as a share of it."""
-BUDGETS = {"r8": 8, "r1": 1}
+BUDGETS = {"r8": 8.0, "r1": 1.0, "quarter": 0.25}
 """LoRA's rank that sets the number of trained parameters."""
+FEWER = {"minilm": ("query", "value"), "language": ("q_proj", "v_proj"), "label-word": ("q_proj", "v_proj")}
+"""What LoRA adapts, at rank 1, where rank 1 on everything is too much."""
 LARGEST = 1 << 14
 MOST = {"vera": 1024}
 """Of a size, where more only costs: VeRA's products grow with a rank far beyond any weight's."""
@@ -128,11 +131,14 @@ def nearest(row: str, budget: int, targets: tuple[Target, ...]) -> int | None:
 def methods(task: str, budget: str) -> dict[str, Method]:
     """Every form at the size that the budget allows."""
     targets = targets_of(task)
-    want = BUDGETS[budget] * sum(sum(t.shape) for t in targets)
+    want = round(BUDGETS[budget] * sum(sum(t.shape) for t in targets))
     sizes = {row: nearest(row, want, targets) for row in SIZES}
     left_out = [row for row, size in sizes.items() if size is None]
     print(f"{task}, {want:,} parameters: {sizes}" + (f"; no size near it: {left_out}" if left_out else ""), flush=True)
-    return {row: Method(row, tuple(SIZES[row](row, size).items())) for row, size in sizes.items() if size is not None}
+    changes = {row: SIZES[row](row, size) for row, size in sizes.items() if size is not None}
+    if "lora" not in changes and task in FEWER:
+        changes["lora"] = RANK_ALPHA("lora", 1) | {"targets.modules": FEWER[task]}
+    return {row: Method(row, tuple(made.items())) for row, made in changes.items()}
 
 
 def main(argv: list[str]) -> None:

@@ -52,6 +52,24 @@ def test_save_and_load(method: str, kind: str, tmp_path: Path) -> None:
 
 
 @every_method
+def test_a_file_holds_what_the_form_needs_and_a_seed_is_a_seed(method: str, tmp_path: Path) -> None:
+    handle = trained(method)
+    handle.save(tmp_path / "adapter")
+    tensors = handle.state_dict()
+    size, needed = (
+        (tmp_path / "adapter" / "adapter.safetensors").stat().st_size,
+        sum(t.nbytes for t in tensors.values()),
+    )
+    assert needed <= size <= needed + 200 * len(tensors) + 8  # safetensors' header has a line for each
+    learned = handle.named_parameters()
+    assert learned.keys() <= tensors.keys()
+    for binding in handle.bindings if handle.bindings[0].adapter.seeded else ():
+        frozen = {k: v for k, v in binding.adapter.state_dict().items() if f"{binding.name}.{k}" not in learned}
+        assert frozen.pop("digest").nbytes == 16
+        assert all(v.ndim < 2 for v in frozen.values())  # no projection: what is left are a few numbers of a schedule
+
+
+@every_method
 def test_another_base_is_refused_unless_forced(method: str, tmp_path: Path) -> None:
     trained(method).save(tmp_path / "adapter")
     other = zoo.build("llama", seed=1)
