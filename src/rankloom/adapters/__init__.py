@@ -1,6 +1,6 @@
 """The parameterisations: how ``delta`` is made of trainable tensors."""
 
-from rankloom.adapters.base import Adapter, AdapterPart, Binding, Trainable
+from rankloom.adapters.base import Adapter, AdapterPart, Binding, Form, Trainable
 from rankloom.adapters.bat import BAT, BATAdapter
 from rankloom.adapters.chain import ChainAdapter
 from rankloom.adapters.dense import Dense, DenseAdapter
@@ -43,6 +43,7 @@ __all__ = [
     "FactoredAdapter",
     "FlyLoRA",
     "FlyLoRAAdapter",
+    "Form",
     "FourierFT",
     "FourierFTAdapter",
     "Hydra",
