@@ -339,7 +339,8 @@ class Target:
 class Targets(Part):
     """Which weights are adapted and which are trained whole.
 
-    ``modules``: ``"all-linear"`` (every linear except the output head and modules trained whole), or patterns. A pattern
+    ``modules``: ``"all-linear"`` (every linear except the output head and modules trained whole), or patterns; a form that sits
+    on decoder layers takes them all by default, and patterns of their names or of their attention modules. A pattern
     is a full path, a trailing part of one (``q_proj``), a glob (``*.layers.0.*``) or ``re:`` and a regular expression that
     matches the full path. A trailing ``[q]``, ``[0:576]`` or ``[0/3]`` adapts those output rows of a fused projection.
     Experts that a mixture stores as one 3-D parameter are found by that parameter's name (``re:.*experts.gate_up_proj``,
@@ -537,7 +538,7 @@ def whole_parameters(model: nn.Module, settings: Targets, targets: list[Target])
     Raises:
         TargetError: a pattern that matches no parameter and no module with parameters, or a quantised weight.
     """
-    adapted = {id(target.layer.parameter) for target in targets}
+    adapted = {id(target.layer.parameter) for target in targets if isinstance(target.layer, Layer)}
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     everything = dict(model.named_parameters(remove_duplicate=False))  # a tied head is found by its own name too
     found: dict[str, nn.Parameter] = {}
