@@ -8,8 +8,10 @@ from rankloom.adapters.dora import DoRA, DoRAAdapter
 from rankloom.adapters.factored import FactoredAdapter
 from rankloom.adapters.flylora import FlyLoRA, FlyLoRAAdapter
 from rankloom.adapters.fourierft import FourierFT, FourierFTAdapter
+from rankloom.adapters.gin_attention import GINAttention, GINAttentionAdapter
 from rankloom.adapters.hydra import Hydra, HydraAdapter
 from rankloom.adapters.kronecker import KroneckerAdapter
+from rankloom.adapters.layer import LayerAdapter, LayerAdapterPart
 from rankloom.adapters.loca import LoCA, LoCAAdapter
 from rankloom.adapters.loha import LoHa, LoHaAdapter
 from rankloom.adapters.lokr import LoKr, LoKrAdapter
@@ -46,9 +48,13 @@ __all__ = [
     "Form",
     "FourierFT",
     "FourierFTAdapter",
+    "GINAttention",
+    "GINAttentionAdapter",
     "Hydra",
     "HydraAdapter",
     "KroneckerAdapter",
+    "LayerAdapter",
+    "LayerAdapterPart",
     "LoCA",
     "LoCAAdapter",
     "LoHa",
