@@ -310,7 +310,7 @@ def test_generate_says_the_same_with_and_without_cache(beams: int) -> None:
     assert not torch.equal(adapted, handle.detach().generate(**inputs, **settings))
 
 
-def test_caches_that_cannot_be_followed_are_refused() -> None:
+def test_caches_and_masks_that_cannot_be_followed_are_refused() -> None:
     from transformers import StaticCache
 
     model = zoo.build("llama")
@@ -323,6 +323,8 @@ def test_caches_that_cannot_be_followed_are_refused() -> None:
         with pytest.raises(AttentionError, match=r"a cache of StaticLayer cannot carry.*dynamic cache"):
             model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=16))
         assert model(ids).logits.isfinite().all()  # refusals leave nothing behind
+        with pytest.raises(AttentionError, match=r"one mask for all heads.*\(4, 4, 7, 7\)"):
+            model(ids, attention_mask=torch.ones(4, 4, 7, 7, dtype=torch.bool).tril())
         with pytest.raises(AttentionError, match="outside its decoder layer"):
             layer = model.model.layers[0]
             states = torch.randn(1, 3, 16, dtype=torch.float64)

@@ -193,10 +193,15 @@ def _followed(
 
     loose: Any = module
     name, site = loose.config.config._attn_implementation, module.__dict__["_rankloom_forward"]
-    if name not in IMPLEMENTATIONS or (attention_mask is not None and attention_mask.dim() != 4):
+    if name not in IMPLEMENTATIONS:
         raise AttentionError(
             f"layer adapters read the masks of {' and '.join(IMPLEMENTATIONS)} attention, and the model now attends by "
             f"{name!r}: call model.set_attn_implementation('sdpa')"
+        )
+    if attention_mask is not None and (attention_mask.dim() != 4 or attention_mask.shape[1] != 1):
+        raise AttentionError(
+            f"a layer adapter reads one mask for all heads, not one of shape {tuple(attention_mask.shape)}: pass (batch, 1, "
+            f"queries, keys)"
         )
     scale = options.get("scaling")
     site.seen = Attention(query, key, attention_mask, query.shape[-1] ** -0.5 if scale is None else scale)

@@ -536,7 +536,7 @@ TABLE: dict[str, Method] = {
         export="none: it depends on the input and sits on no weight; saved, and served attached",
         deviations="tokens receive from earlier ones; in the released code a filter leaves each its edge to itself "
         "(adapter.edges='self'). All gains start at zero, so step 0 is bit-exact; adapter.start='paper' has them grow with "
-        "depth, to 0.5. Gradients stop at the graph; adapter.detach_adjacency=False lets them through, as the released code does.",
+        "depth, to 0.5. Gradients stop at the graph; with adapter.detach_adjacency=False they pass, as in the released code.",
     ),
     "galore": Method(
         Recipe(targets=EVERYTHING_ELSE, adapter=Dense(), init=OwnStart(), optimizer=Projected(rank=128, every=200)),

@@ -32,6 +32,8 @@ def padded(kind: str, count: int = N) -> Tensor:
     seen = (torch.arange(N) <= i)[None] & real[:, None]
     if kind == "window":
         seen = seen & (torch.arange(N) > i - 4)
+    if kind == "prefix":  # the first tokens see each other, the future too; edges still come from the past only
+        seen = seen | ((torch.arange(N) < 5) & (i < 5))
     if kind != "additive":
         return seen[:, None]
     return torch.zeros(B, 1, count, N, dtype=torch.float64).masked_fill(~seen[:, None], torch.finfo(torch.float64).min)
@@ -67,7 +69,13 @@ GRAPHS = {
     "everything": Edges(threshold=-1.0, cutoff=0.1),
     "nothing": Edges(threshold=3.0),
 }
-MASKS: dict[str, Any] = {"causal": None, "padded": "padded", "additive": "additive", "window": "window"}
+MASKS: dict[str, Any] = {
+    "causal": None,
+    "padded": "padded",
+    "additive": "additive",
+    "window": "window",
+    "prefix": "prefix",
+}
 
 
 @pytest.mark.parametrize("count", [N, 4, 1])
