@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 import rankloom
 from rankloom import Calibration, Recipe
+from rankloom.adapters import LayerAdapterPart
+from rankloom.errors import TargetError
 from rankloom.quantized import dense, is_quantized
 from rankloom.targets import Target, layer_of
 
@@ -243,7 +245,16 @@ def batches(kind: str, count: int = 2, rows: int = 4) -> list[dict[str, Tensor]]
     return [batch(kind, 100 + index, rows) for index in range(count)]
 
 
-_SMALL = {"rank": 3, "target_rank": 2, "every": 3, "interval": 2, "d_initial": 1.0, "active": 2, "coefficients": 12}
+_SMALL = {
+    "rank": 3,
+    "target_rank": 2,
+    "every": 3,
+    "interval": 2,
+    "d_initial": 1.0,
+    "active": 2,
+    "coefficients": 12,
+    "hidden": 6,
+}
 
 
 def tiny(recipe: Recipe) -> Recipe:
@@ -263,6 +274,8 @@ def recipe_of(method: str) -> Recipe:
 
 def is_matrix(method: str) -> bool:
     """Whether the form's update is a matrix, so that it can be compared with one and merged."""
+    if isinstance(recipe_of(method).adapter, LayerAdapterPart):
+        return False
     layer = layer_of(nn.Linear(32, 32))
     assert layer is not None
     adapter = recipe_of(method).adapter.build(Target("layer", layer, "layer"))
@@ -273,6 +286,12 @@ def require_matrix(method: str) -> None:
     """Skip a test about the matrix of an update that is none."""
     if not is_matrix(method):
         pytest.skip(f"{method}: its update depends on the input and is no matrix")
+
+
+def require_weight(method: str) -> None:
+    """Skip a test about adapting chosen weights for a form that sits on none."""
+    if isinstance(recipe_of(method).adapter, LayerAdapterPart):
+        pytest.skip(f"{method}: it sits on decoder layers, not on weights")
 
 
 _FILES = tempfile.TemporaryDirectory()
@@ -296,9 +315,17 @@ def with_reference(recipe: Recipe, model: nn.Module) -> Recipe:
 def adapted(
     method: str | Recipe, model: nn.Module, kind: str, *, seed: int = 0, calibrate: list[Any] | None = None
 ) -> rankloom.Adaptation:
-    """A method (tiny) or a recipe (as given) on a model, with calibration data at hand."""
+    """A method (tiny) or a recipe (as given) on a model, with calibration data at hand.
+
+    Skips where the form sits on decoder layers and refuses the model because it has none.
+    """
     recipe = with_reference(recipe_of(method) if isinstance(method, str) else method, model)
-    return rankloom.adapt(model, recipe, Calibration(calibrate or batches(kind)), seed=seed)
+    try:
+        return rankloom.adapt(model, recipe, Calibration(calibrate or batches(kind)), seed=seed)
+    except TargetError as refused:
+        if isinstance(recipe.adapter, LayerAdapterPart) and "has no pre-norm decoder layer" in str(refused):
+            pytest.skip(f"{kind}: {refused}")
+        raise
 
 
 @torch.no_grad()

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.adapters import Binding
+from rankloom.attended import AttentionSite, BlockSite, follow, unfollow
+from rankloom.blocks import Block
 from rankloom.errors import TargetError
 from rankloom.experts import Experts
 from rankloom.targets import ExpertLayer
@@ -124,7 +126,10 @@ def attach_modules(model: nn.Module, bindings: list[Binding]) -> None:
     groups: dict[str, list[Binding]] = {}
     experts: dict[nn.Module, list[Binding]] = {}
     for binding in bindings:
-        if isinstance(binding.layer, ExpertLayer):
+        place: Any = binding.layer
+        if isinstance(place, Block):
+            _route_block(place, binding.adapter)
+        elif isinstance(binding.layer, ExpertLayer):
             experts.setdefault(binding.layer.module, []).append(binding)
         else:
             groups.setdefault(binding.target.module_name, []).append(binding)
@@ -142,14 +147,28 @@ def attach_modules(model: nn.Module, bindings: list[Binding]) -> None:
 
 
 def _route(module: nn.Module, adapters: nn.Module, forward: Callable[..., Tensor]) -> None:
-    module.add_module("rankloom", adapters)
+    module.add_module("rankloom", adapters.train(module.training))
     module.__dict__["_rankloom_forward"] = forward
     module.__class__ = _attached_class(type(module))
 
 
+def _route_block(block: Block, adapter: nn.Module) -> None:
+    """Two modules of a decoder layer know of its adapter: the layer has the residual, its attention everything else."""
+    site = AttentionSite(block, adapter)
+    _route(block.module, adapter, BlockSite(block, site))
+    _route(block.attention, nn.ModuleList(), site)
+    follow(block)
+
+
 def detach_modules(bindings: list[Binding]) -> None:
     """Undo :func:`attach_modules`."""
-    for module in {id(b.layer.module): b.layer.module for b in bindings}.values():
+    modules = {id(b.layer.module): b.layer.module for b in bindings}
+    for binding in bindings:
+        place: Any = binding.layer
+        if isinstance(place, Block):
+            unfollow(place)
+            modules[id(place.attention)] = place.attention
+    for module in modules.values():
         module.__class__ = type(module).__mro__[2]
         del module._modules["rankloom"], module.__dict__["_rankloom_forward"]
 

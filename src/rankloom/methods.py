@@ -16,6 +16,7 @@ from rankloom.adapters import (
     DoRA,
     FlyLoRA,
     FourierFT,
+    GINAttention,
     Hydra,
     LoCA,
     LoHa,
@@ -524,6 +525,18 @@ TABLE: dict[str, Method] = {
         export="best rank-k approximation with its measured error; merged weights exactly",
         deviations="as snell; the softmax counts from its mean, 1 / out, which beta could absorb; gamma is trained as its "
         "logarithm. Shares of the budget add up exactly, where the released loop may not end.",
+    ),
+    "gin-attention": Method(
+        Recipe(adapter=GINAttention(hidden=155), init=OwnStart()),
+        "Graph-Aware Isomorphic Attention for Adaptive Dynamics in Transformers (sparse GIN fine-tuning)",
+        "arXiv 2501.02393",
+        "A small graph network on every decoder layer, whose edges are the layer's own attention where it is strong.",
+        parameters="2 d d' + 2 c d'^2 + 2 d + (c + 2) d' + 3 per decoder layer of width d, d' = adapter.hidden, c = "
+        "adapter.multiplier",
+        export="none: it depends on the input and sits on no weight; saved, and served attached",
+        deviations="tokens receive from earlier ones; in the released code a filter leaves each its edge to itself "
+        "(adapter.edges='self'). All gains start at zero, so step 0 is bit-exact; adapter.start='paper' has them grow with "
+        "depth, to 0.5. Gradients stop at the graph; with adapter.detach_adjacency=False they pass, as in the released code.",
     ),
     "galore": Method(
         Recipe(targets=EVERYTHING_ELSE, adapter=Dense(), init=OwnStart(), optimizer=Projected(rank=128, every=200)),

@@ -21,7 +21,7 @@ from rankloom.optim import AdamW, OptimizerPart
 from rankloom.parts import SLOTS, Part, offering, part_from_dict
 from rankloom.rank import Fixed, RankPart
 from rankloom.routing import Single
-from rankloom.targets import Target, Targets, exact_pattern, find_targets, whole_parameters
+from rankloom.targets import Target, Targets, exact_pattern, whole_parameters
 
 __all__ = ["Recipe"]
 
@@ -62,7 +62,7 @@ class Recipe:
                     raise CompositionError(self._impossible(slot, part, need))
         if model is None:
             return []
-        targets = find_targets(model, self.targets)
+        targets = self.adapter.targets_on(model, self.targets)
         if not targets and not whole_parameters(model, self.targets, targets):
             raise CompositionError("the recipe adapts nothing on this model: give targets.modules or targets.train")
         self.adapter.check_on(targets)

@@ -30,6 +30,7 @@ __all__ = [
     "find_targets",
     "layer_of",
     "matches",
+    "select_names",
     "tied_weights",
     "whole_parameters",
 ]
@@ -338,7 +339,8 @@ class Target:
 class Targets(Part):
     """Which weights are adapted and which are trained whole.
 
-    ``modules``: ``"all-linear"`` (every linear except the output head and modules trained whole), or patterns. A pattern
+    ``modules``: ``"all-linear"`` (every linear except the output head and modules trained whole), or patterns; a form that sits
+    on decoder layers takes them all by default, and patterns of their names or of their attention modules. A pattern
     is a full path, a trailing part of one (``q_proj``), a glob (``*.layers.0.*``) or ``re:`` and a regular expression that
     matches the full path. A trailing ``[q]``, ``[0:576]`` or ``[0/3]`` adapts those output rows of a fused projection.
     Experts that a mixture stores as one 3-D parameter are found by that parameter's name (``re:.*experts.gate_up_proj``,
@@ -374,7 +376,8 @@ def exact_pattern(name: str, names: Collection[str]) -> str:
     return name if sum(matches(name, other) for other in names) == 1 else f"re:{re.escape(name)}"
 
 
-def _select(pattern: str, names: list[str], what: str) -> list[str]:
+def select_names(pattern: str, names: list[str], what: str) -> list[str]:
+    """The names that a pattern selects. Raises :class:`TargetError`, with near names, where it selects none."""
     found = [name for name in names if matches(pattern, name)]
     if not found:
         leaves = {name.rsplit(".", 1)[-1] for name in names}
@@ -445,7 +448,7 @@ def find_targets(model: nn.Module, settings: Targets) -> list[Target]:
         layers.update({f"{name}.{key}".lstrip("."): ExpertLayer(module, key, 0) for key in stacks_of(module)})
     chosen = _chosen_slices(model, settings, layers)
     for pattern in settings.exclude:
-        for name in _select(pattern, list(layers), "exclude"):
+        for name in select_names(pattern, list(layers), "exclude"):
             chosen.pop(name, None)
     targets = [t for name in layers if name in chosen for t in _targets_of(name, layers[name], chosen[name], model)]
     _resolve_ties(model, targets, settings)
@@ -467,7 +470,7 @@ def _chosen_slices(model: nn.Module, settings: Targets, layers: dict[str, Layer]
     known = list(dict.fromkeys([*dict(model.named_modules()), *layers]))[1:]
     for pattern in patterns:
         sliced = None if pattern.startswith("re:") else _SLICE.match(pattern)
-        found = _select(sliced["path"] if sliced else pattern, known, "target")
+        found = select_names(sliced["path"] if sliced else pattern, known, "target")
         usable = [name for name in found if name in layers]
         if not usable:
             kind = type(model.get_submodule(found[0])).__name__
@@ -535,7 +538,7 @@ def whole_parameters(model: nn.Module, settings: Targets, targets: list[Target])
     Raises:
         TargetError: a pattern that matches no parameter and no module with parameters, or a quantised weight.
     """
-    adapted = {id(target.layer.parameter) for target in targets}
+    adapted = {id(target.layer.parameter) for target in targets if isinstance(target.layer, Layer)}
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     everything = dict(model.named_parameters(remove_duplicate=False))  # a tied head is found by its own name too
     found: dict[str, nn.Parameter] = {}
@@ -543,7 +546,7 @@ def whole_parameters(model: nn.Module, settings: Targets, targets: list[Target])
         modules = _trained_modules(model, (pattern,))
         inside = [n for n in everything if matches(pattern, n) or any(n.startswith(f"{m}.") for m in modules)]
         if not inside:
-            _select(pattern, list(everything), "train")
+            select_names(pattern, list(everything), "train")
         whole = [everything[name] for name in inside if id(everything[name]) not in adapted]
         found.update({first[id(parameter)]: parameter for parameter in whole})
     for name, parameter in found.items():

@@ -44,7 +44,8 @@ def test_every_method(method: str, storage: str) -> None:
     recipe = zoo.recipe_of(method)
     model = quantized(storage)
     before = zoo.logits(model, data()[0])
-    stored = {t.name: t.layer.weight().clone() for t in find_targets(model, Targets())}
+    layers = {t.name: t.layer for t in find_targets(model, Targets())}
+    stored = {name: layer.weight().clone() for name, layer in layers.items()}
     handle = zoo.adapted(recipe, model, "llama")
     after = zoo.logits(model, data()[0])
     if recipe.init.moves_output:
@@ -55,8 +56,8 @@ def test_every_method(method: str, storage: str) -> None:
         assert torch.equal(before, after)
     losses = zoo.train(handle, handle.optimizer(1e-2, total_steps=12), data()[:1], 12)
     assert losses[-1] < losses[0]
-    for target in handle.targets:
-        assert torch.equal(target.layer.weight(), stored[target.name])
+    for name, layer in layers.items():
+        assert torch.equal(layer.weight(), stored[name])
     handle.detach()
     assert torch.equal(before, zoo.logits(model, data()[0]))
 

@@ -18,6 +18,7 @@ from torch.func import functional_call
 import rankloom
 import rankloom.errors
 from rankloom import Calibration, Recipe
+from rankloom.adapters import LayerAdapterPart
 from rankloom.rank import RankPart
 from tests import zoo
 
@@ -152,6 +153,7 @@ def _square_loss(model: nn.Module, x: Tensor) -> tuple[Tensor, float]:
 @pytest.mark.parametrize("layer", LAYERS)
 @every_method
 def test_gradients_of_the_forms(method: str, layer: str) -> None:
+    zoo.require_weight(method)
     make, shape = LAYERS[layer]
     model = OneLayer(make()).double()
     if model.layer.__class__.__name__ == "Conv1D":
@@ -305,6 +307,7 @@ SPECIAL = {
 @pytest.mark.parametrize("case", SPECIAL)
 @every_method
 def test_special_targets(method: str, case: str) -> None:
+    zoo.require_weight(method)
     kind, modules, changes = SPECIAL[case]
     model, bare = zoo.build(kind, **changes), zoo.build(kind, **changes)
     inputs = zoo.batch(kind, seed=5)
@@ -398,10 +401,9 @@ def test_the_seed_decides_everything(method: str) -> None:
         recipe = recipe.with_({"init.rho": 1})  # ranks that are shared out over all targets depend on all of them
     if type(recipe.rank).ranks is not RankPart.ranks:
         recipe = recipe.with_(rank="fixed")
-    few = zoo.adapted(recipe.with_(targets={"modules": ("q_proj",), "train": ()}), zoo.build("llama"), "llama")
-    all_of = zoo.adapted(
-        recipe.with_(targets={"modules": ("q_proj", "up_proj"), "train": ()}), zoo.build("llama"), "llama"
-    )
+    one, two = ("layers.0", "layers.1") if isinstance(recipe.adapter, LayerAdapterPart) else ("q_proj", "up_proj")
+    few = zoo.adapted(recipe.with_(targets={"modules": (one,), "train": ()}), zoo.build("llama"), "llama")
+    all_of = zoo.adapted(recipe.with_(targets={"modules": (one, two), "train": ()}), zoo.build("llama"), "llama")
     more = clones(all_of)
     for name, tensor in clones(few).items():
         assert torch.equal(tensor, more[name]), name
@@ -417,7 +419,7 @@ def test_detach_gives_the_same_objects_bit_for_bit(method: str, kind: str) -> No
     inputs = zoo.batch(kind)
     out = zoo.logits(model, inputs)
     handle = zoo.adapted(method, model, kind)
-    stored = {t.name: (t.layer.stored, t.layer.stored.detach().clone()) for t in handle.targets}
+    stored = {n: (p, p.detach().clone()) for n, p in model.named_parameters() if not p.requires_grad}
     zoo.train(handle, handle.optimizer(1e-2, total_steps=3), zoo.batches(kind), 3)
     trained = zoo.logits(model, inputs)
     for name, (tensor, value) in stored.items():
@@ -495,6 +497,7 @@ def test_a_copy_of_an_adapted_model_is_independent(method: str) -> None:
 
 @every_method
 def test_whole_parameters_train_beside_adapters(method: str) -> None:
+    zoo.require_weight(method)
     model = zoo.build("bert")
     recipe = zoo.recipe_of(method).with_(targets={"modules": ("query", "value"), "train": ("classifier", "*.bias")})
     base = contents(model)

@@ -1,6 +1,6 @@
 """The parameterisations: how ``delta`` is made of trainable tensors."""
 
-from rankloom.adapters.base import Adapter, AdapterPart, Binding, Trainable
+from rankloom.adapters.base import Adapter, AdapterPart, Binding, Form, Trainable
 from rankloom.adapters.bat import BAT, BATAdapter
 from rankloom.adapters.chain import ChainAdapter
 from rankloom.adapters.dense import Dense, DenseAdapter
@@ -8,8 +8,10 @@ from rankloom.adapters.dora import DoRA, DoRAAdapter
 from rankloom.adapters.factored import FactoredAdapter
 from rankloom.adapters.flylora import FlyLoRA, FlyLoRAAdapter
 from rankloom.adapters.fourierft import FourierFT, FourierFTAdapter
+from rankloom.adapters.gin_attention import GINAttention, GINAttentionAdapter
 from rankloom.adapters.hydra import Hydra, HydraAdapter
 from rankloom.adapters.kronecker import KroneckerAdapter
+from rankloom.adapters.layer import LayerAdapter, LayerAdapterPart
 from rankloom.adapters.loca import LoCA, LoCAAdapter
 from rankloom.adapters.loha import LoHa, LoHaAdapter
 from rankloom.adapters.lokr import LoKr, LoKrAdapter
@@ -43,11 +45,16 @@ __all__ = [
     "FactoredAdapter",
     "FlyLoRA",
     "FlyLoRAAdapter",
+    "Form",
     "FourierFT",
     "FourierFTAdapter",
+    "GINAttention",
+    "GINAttentionAdapter",
     "Hydra",
     "HydraAdapter",
     "KroneckerAdapter",
+    "LayerAdapter",
+    "LayerAdapterPart",
     "LoCA",
     "LoCAAdapter",
     "LoHa",

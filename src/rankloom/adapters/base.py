@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from rankloom.events import Schedule
 from rankloom.parts import Part
-from rankloom.targets import EmbeddingLayer, Layer, Target
+from rankloom.targets import EmbeddingLayer, Layer, Target, Targets, find_targets
 
-__all__ = ["Adapter", "AdapterPart", "Binding", "Dtype", "Trainable", "adapter_dtype"]
+__all__ = ["Adapter", "AdapterPart", "Binding", "Dtype", "Form", "Trainable", "adapter_dtype"]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
 
-class Adapter(nn.Module, ABC):
-    """One adapted weight: ``y = x (W + delta)^T + b`` with ``delta`` a function of this module's parameters.
+class Form(nn.Module, ABC):
+    """What every adapter is, whatever it sits on: trainable tensors with roles, and their start.
 
     Class facts: ``linear_in_x`` (the update is a matrix), ``mergeable``, ``needs_base`` (when ``W`` has to be readable),
     ``seeded`` (frozen tensors are regenerated from a seed, not stored), ``shares_input`` (siblings may run as one kernel).
@@ -33,6 +33,23 @@ class Adapter(nn.Module, ABC):
     shares_input: ClassVar[bool] = False  # offers `operands` and `together`
     scale: float = 1.0  # the factor s on the product of the factors, where there are factors
     roles: ClassVar[dict[str, str]] = {}  # parameter name -> role, for optimizers that treat factors differently
+
+    def reset(self, base: Any, generator: torch.Generator) -> None:
+        """Write the form's own start (init ``own``), drawing from ``generator``; for parts that offer ``own start``.
+
+        ``base``: what the adapter sits on.
+        """
+        raise NotImplementedError
+
+    def initialized(self, base: Any) -> None:
+        """Called once after the init part has written the parameters; for what is derived from them."""
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Raise :class:`ArtifactError` where saved tensors were made with other frozen tensors than these (seeded forms)."""
+
+
+class Adapter(Form):
+    """One adapted weight: ``y = x (W + delta)^T + b`` with ``delta`` a function of this module's parameters."""
 
     @abstractmethod
     def forward(self, x: Tensor, base: Layer) -> Tensor:
@@ -50,19 +67,13 @@ class Adapter(nn.Module, ABC):
         """:meth:`factors`, for forms whose factors hold the weight as well."""
         return self.factors()
 
-    def reset(self, base: Layer, generator: torch.Generator) -> None:
-        """Write the form's own start (init ``own``), drawing from ``generator``; for parts that offer ``own start``."""
-        raise NotImplementedError
-
-    def initialized(self, base: Layer) -> None:
-        """Called once after the init part has written the parameters; for what is derived from them."""
-
-    def check_state(self, state: Mapping[str, Tensor]) -> None:
-        """Raise :class:`ArtifactError` where saved tensors were made with other frozen tensors than these (seeded forms)."""
-
 
 class AdapterPart(Part):
     """Settings that build one adapter per target."""
+
+    def targets_on(self, model: nn.Module, settings: Targets) -> list[Target]:
+        """What of a model the form sits on. Raises :class:`TargetError` as :func:`find_targets` does."""
+        return find_targets(model, settings)
 
     def check_on(self, targets: list[Target]) -> None:
         """Raise :class:`TargetError` where the settings do not fit the targets; nothing is allocated yet."""
@@ -71,11 +82,11 @@ class AdapterPart(Part):
         """What the form itself does over time, or None; see :class:`rankloom.events.Schedule`."""
         return None
 
-    def build(self, target: Target) -> Adapter:
+    def build(self, target: Target) -> Form:
         """A new adapter, its parameters uninitialised. Raises :class:`TargetError` where the target does not fit."""
         raise NotImplementedError
 
-    def build_all(self, targets: list[Target]) -> list[Adapter]:
+    def build_all(self, targets: list[Target]) -> Sequence[Form]:
         """An adapter for every target of a model; for forms whose adapters share tensors."""
         return [self.build(target) for target in targets]
 
@@ -99,7 +110,7 @@ class Binding:
     """A target and the adapter that sits on it."""
 
     target: Target
-    adapter: Any  # an Adapter; Any because parts work with the concrete forms whose capabilities they asked for
+    adapter: Any  # a Form; Any because parts work with the concrete forms whose capabilities they asked for
 
     @property
     def name(self) -> str:

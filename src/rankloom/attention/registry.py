@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rankloom.attended import FOLLOWED
 from rankloom.errors import AttentionError
 
 __all__ = ["Replaced"]
@@ -63,6 +64,10 @@ def _implementation(model: nn.Module) -> str:
         raise AttentionError(_no_registry(model))
     if any(name.startswith(_PREFIX) for name in names):
         raise AttentionError("this model's attention is accelerated already: call remove() on that handle first")
+    if FOLLOWED in names:
+        raise AttentionError(
+            "a layer adapter follows this model's attention, which has to stay exact: detach() it first"
+        )
     if len(names) > 1 or "eager" in names:
         # "eager" also returns the attention weights, which an approximation does not have.
         raise AttentionError(

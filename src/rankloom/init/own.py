@@ -13,7 +13,7 @@ __all__ = ["OwnStart"]
 @part("init", "own")
 @dataclass(frozen=True)
 class OwnStart(InitPart):
-    """The form's own start, which leaves the pretrained function as it is: each form's docstring gives it."""
+    """The form's own start, which leaves the pretrained function as it is (or says so): each form's docstring gives it."""
 
     @property
     def needs(self) -> frozenset[str]:
