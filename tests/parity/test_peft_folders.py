@@ -1,0 +1,248 @@
+"""PEFT's folders of the forms beside LoRA, in float64: what it saves we compute, and what does not fit is one line."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import rankloom
+from rankloom.errors import ArtifactError
+from tests import zoo
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore:Specified to not save")
+
+TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
+SINGLE = {"rtol": 1e-5, "atol": 1e-5}  # PEFT forms FourierFT's update in float32, whatever the model computes in
+LLAMA = {"target_modules": ["q_proj", "k_proj", "down_proj"]}  # three shapes: corners are taken, terms differ
+GPT2 = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
+CONVNET = {"target_modules": ["stem", "body", "mix"]}
+
+
+def saved_by_peft(config: Any, kind: str, folder: Path, **save: Any) -> Tensor:
+    """Attach with PEFT, move everything that trains, save; the logits."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = peft.get_peft_model(zoo.build(kind), config).eval()
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for p in made.parameters():
+                if p.requires_grad:
+                    p += 0.2 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        made.save_pretrained(folder, **save)
+    return zoo.logits(made, zoo.batch(kind))
+
+
+def vera(**settings: Any) -> Any:
+    return peft.VeraConfig(**{"r": 5, **LLAMA, **settings})
+
+
+def randlora(**settings: Any) -> Any:
+    return peft.RandLoraConfig(**{"r": 3, "randlora_alpha": 2, **LLAMA, **settings})
+
+
+SAVED: dict[str, tuple[str, Callable[[], Any], str]] = {
+    "lokr": ("llama", lambda: peft.LoKrConfig(r=1, alpha=3, **LLAMA), "lokr"),
+    "lokr, both": (
+        "llama",
+        lambda: peft.LoKrConfig(r=1, alpha=3, decompose_both=True, decompose_factor=2, **LLAMA),
+        "lokr",
+    ),
+    "lokr, whole head": (
+        "llama",
+        lambda: peft.LoKrConfig(r=4, init_weights="lycoris", modules_to_save=["lm_head"], **LLAMA),
+        "lokr",
+    ),
+    "lokr, patterns": (
+        "llama",
+        lambda: peft.LoKrConfig(
+            r=1, alpha=3, rank_pattern={"q_proj": 2, r".*0.mlp.down_proj": 3}, alpha_pattern={"k_proj": 5}, **LLAMA
+        ),
+        "lokr",
+    ),
+    "lokr, convolution": ("convnet", lambda: peft.LoKrConfig(r=1, **CONVNET), "lokr"),
+    "lokr, Tucker": ("convnet", lambda: peft.LoKrConfig(r=1, use_effective_conv2d=True, **CONVNET), "lokr"),
+    "loha": ("llama", lambda: peft.LoHaConfig(r=2, alpha=3, **LLAMA), "loha"),
+    "loha, patterns": (
+        "llama",
+        lambda: peft.LoHaConfig(
+            r=2, alpha=3, rank_pattern={"down_proj": 4}, alpha_pattern={"1.self_attn.k_proj": 5}, **LLAMA
+        ),
+        "loha",
+    ),
+    "loha, convolution": ("convnet", lambda: peft.LoHaConfig(r=1, **CONVNET), "loha"),
+    "loha, Tucker": ("convnet", lambda: peft.LoHaConfig(r=2, use_effective_conv2d=True, **CONVNET), "loha"),
+    "miss": ("llama", lambda: peft.MissConfig(r=4, **LLAMA), "miss"),
+    "miss, ragged": ("llama", lambda: peft.MissConfig(r=5, modules_to_save=["lm_head"], **LLAMA), "miss"),
+    "miss, random start": ("llama", lambda: peft.MissConfig(r=4, init_weights=False, **LLAMA), "miss"),
+    "miss, mini": ("llama", lambda: peft.MissConfig(r=4, init_weights="mini", mini_r=2, **LLAMA), "miss"),
+    "miss, bat": ("llama", lambda: peft.MissConfig(r=4, init_weights="bat", **LLAMA), "bat"),
+    "fourierft": ("llama", lambda: peft.FourierFTConfig(n_frequency=20, scaling=30.0, **LLAMA), "fourierft"),
+    "fourierft, another seed": (
+        "gpt2",
+        lambda: peft.FourierFTConfig(n_frequency=20, random_loc_seed=5, modules_to_save=["ln_f"], **GPT2),
+        "fourierft",
+    ),
+    "vera": ("llama", lambda: vera(), "vera"),
+    "vera, from its key": ("llama", lambda: vera(projection_prng_key=3, save_projection=False), "vera"),
+    "vera, Conv1D": ("gpt2", lambda: vera(vera_dropout=0.1, modules_to_save=["ln_f"], **GPT2), "vera"),
+    "randlora": ("llama", lambda: randlora(modules_to_save=["lm_head"]), "randlora"),
+    "randlora, from its key": ("llama", lambda: randlora(projection_prng_key=3, save_projection=False), "randlora"),
+    "randlora, sparse": ("llama", lambda: randlora(sparse=True, save_projection=False), "randlora"),
+    "randlora, very sparse": ("llama", lambda: randlora(very_sparse=True, save_projection=False), "randlora"),
+    "randlora, Conv1D": ("gpt2", lambda: randlora(**GPT2), "randlora"),
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_what_peft_saves_loads_here(name: str, tmp_path: Path) -> None:
+    kind, config, form = SAVED[name]
+    asked = config()
+    close = SINGLE if form == "fourierft" else TOLERANCE
+    expected = saved_by_peft(asked, kind, tmp_path / "peft")
+    assert float((expected - zoo.logits(zoo.build(kind), zoo.batch(kind))).abs().max()) > 0.01
+    model = zoo.build(kind)
+    handle = rankloom.load(model, tmp_path / "peft")
+    assert handle.recipe.adapter.kind == form and handle.report["peft_type"] == asked.peft_type
+    torch.testing.assert_close(zoo.logits(model, zoo.batch(kind)), expected, **close)
+    handle.merge()
+    torch.testing.assert_close(zoo.logits(model, zoo.batch(kind)), expected, **close)
+    handle.unmerge()
+    handle.save(tmp_path / "ours")  # an ordinary adaptation from here on
+    state = {n: t.clone() for n, t in handle.state_dict().items()}
+    handle.detach()
+    again = rankloom.load(model, tmp_path / "ours")
+    assert all(torch.equal(t, again.state_dict()[n]) for n, t in state.items())
+    torch.testing.assert_close(zoo.logits(model, zoo.batch(kind)), expected, **close)
+
+
+@pytest.mark.parametrize("config", [vera, randlora])
+def test_stored_banks_are_in_the_file_once_and_follow_the_model(config: Any, tmp_path: Path) -> None:
+    saved_by_peft(config(), "llama", tmp_path / "peft")
+    handle = rankloom.load(zoo.build("llama"), tmp_path / "peft")
+    stored = [name for name in handle.state_dict() if ".stored." in name]
+    assert [name.split(".stored.")[1] for name in stored] == ["0.rows", "1.rows"]
+    assert not any(name.endswith("digest") for name in handle.state_dict())
+    zoo.train(handle, handle.optimizer(1e-3), zoo.batches("llama"), 2)
+    assert {t.name.rsplit(".", 1)[1] for t in handle.trainables()} <= {"b", "d", "lam", "gam"}
+    narrow = handle.model.float()
+    assert {b.adapter.state_dict()[k].dtype for b in handle.bindings for k in b.adapter.state_dict()} == {torch.float32}
+    assert torch.isfinite(zoo.logits(narrow, zoo.batch("llama"))).all()
+
+
+@pytest.mark.parametrize("form", ["vera", "randlora"])
+def test_a_fresh_start_on_banks_that_only_a_file_has(form: str) -> None:
+    model = zoo.build("llama")
+    recipe = zoo.recipe_of(form).with_({"adapter.basis": "stored"})
+    with pytest.raises(rankloom.errors.RecipeError, match="takes its random tensors from a saved adapter: load one"):
+        rankloom.adapt(model, recipe)
+    assert not any("rankloom" in m._modules for m in model.modules())
+
+
+# --- what does not fit ----------------------------------------------------------------------------------------------------
+
+Spoil = Callable[[dict[str, Any], dict[str, Tensor]], Any]
+
+
+def setting(**changes: Any) -> Spoil:
+    return lambda config, held: config.update(changes)
+
+
+def without(*keys: str) -> Spoil:
+    return lambda config, held: [config.pop(key) for key in keys]
+
+
+def lost(part: str) -> Spoil:
+    return lambda config, held: [held.pop(key) for key in [k for k in held if part in k][:1]]
+
+
+def lost_module(config: dict[str, Any], held: dict[str, Tensor]) -> None:
+    for key in [k for k in held if "layers.1.self_attn.q_proj" in k]:
+        held.pop(key)
+
+
+def stranger(config: dict[str, Any], held: dict[str, Tensor]) -> None:
+    key = next(k for k in held if "q_proj" in k)
+    held[key.replace("q_proj", "q_prj")] = held[key].clone()
+
+
+def resized(part: str, *shape: int) -> Spoil:
+    return lambda config, held: held.update({next(k for k in held if part in k): torch.ones(shape)})
+
+
+def parted(config: dict[str, Any], held: dict[str, Tensor]) -> None:
+    held[next(k for k in held if k.endswith("q_proj.randlora_A"))] += 1
+
+
+LOKR, MISS = lambda: peft.LoKrConfig(r=1, **LLAMA), lambda: peft.MissConfig(r=4, **LLAMA)
+FOURIER = lambda: peft.FourierFTConfig(n_frequency=20, **LLAMA)  # noqa: E731
+BROKEN: dict[str, tuple[Callable[[], Any], Spoil, str]] = {
+    "rank": (LOKR, setting(r=5), r"has lokr_w1 \(4, 4\), lokr_w2_a .*adapter_config.json and this model say"),
+    "a lost tensor": (LOKR, lost("lokr_w1"), "down_proj has lokr_w2"),
+    "a lost module": (LOKR, lost_module, r"1 of 6 modules that adapter_config.json targets have no tensors"),
+    "a stranger": (
+        LOKR,
+        stranger,
+        "q_prj, which this model does not have; did you mean .*q_proj.*: load the base it was",
+    ),
+    "a further tensor": (
+        LOKR,
+        lambda config, held: held.update({"base_model.model.other": torch.ones(2)}),
+        "1 of 1 further tensors in .* have no place in this model",
+    ),
+    "a core of a linear": (LOKR, resized("lokr_w1", 1), r"has lokr_w1 \(1,\)"),
+    "dropout": (LOKR, setting(rank_dropout=0.1), "sets rank_dropout, which rankloom does not have"),
+    "next year's": (FOURIER, setting(ifft2_norm="ortho"), "sets ifft2_norm, which rankloom does not have"),
+    "a frequency by module": (FOURIER, setting(n_frequency_pattern={"q_proj": 5}), "sets n_frequency_pattern"),
+    "too many frequencies": (
+        FOURIER,
+        setting(n_frequency=500),
+        "500 coefficients are more than the .*merge it in peft",
+    ),
+    "no seed": (FOURIER, setting(random_loc_seed=None), "has a setting of the wrong type"),
+    "no rank": (MISS, without("r"), "adapter_config.json lacks r: save the adapter again"),
+    "a rank in words": (MISS, setting(r="four"), "has a setting of the wrong type .*four.*: save"),
+    "a negative rank": (MISS, setting(r=-1), "rank and mini must be at least 1"),
+    "pattern of a list": (LOKR, setting(rank_pattern=["q_proj"]), "has a setting of the wrong type"),
+    "another start": (MISS, setting(init_weights="maxi"), "sets init_weights to 'maxi', which rankloom does not have"),
+    "a rank above a side": (randlora, setting(r=9), r"rank 9 is above min\(out, in\) = 8 of .*k_proj"),
+    "another variant": (MISS, setting(init_weights="bat"), r"has miss_block \(4, 16\), .* say miss_block \(4, 4, 4\)"),
+    "no projection": (vera, lost("base_model.vera_B"), "lacks vera_B, which save_projection promises"),
+    "a flat projection": (vera, resized("base_model.vera_A", 5), r"the shared matrices have shapes \(5,\)"),
+    "a narrow projection": (vera, resized("base_model.vera_A", 5, 20), r"vera_A has \(5, 20\) .* need \(5, 24\): load"),
+    "another projection": (vera, resized("base_model.vera_A", 4, 24), "which do not fit r = 5 in adapter_config.json"),
+    "parted projections": (randlora, parted, "has different randlora_A for different modules"),
+    "nothing": (MISS, lambda config, held: held.clear(), "adapts no module: there is nothing to load"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_does_not_fit_is_refused(case: str, tmp_path: Path) -> None:
+    asked, spoil, message = BROKEN[case]
+    saved_by_peft(asked(), "llama", tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    held = load_file(tmp_path / "adapter_model.safetensors")
+    spoil(config, held)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file(held, tmp_path / "adapter_model.safetensors")
+    model = zoo.build("llama")
+    before = [(n, id(p), p.requires_grad) for n, p in model.named_parameters()]
+    with pytest.raises(ArtifactError, match=message) as caught:
+        rankloom.load(model, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert [(n, id(p), p.requires_grad) for n, p in model.named_parameters()] == before
+
+
+@pytest.mark.parametrize("config", [vera, randlora, MISS, LOKR])
+def test_another_base_is_refused(config: Any, tmp_path: Path) -> None:
+    saved_by_peft(config(), "llama", tmp_path)
+    with pytest.raises(ArtifactError, match="load the base it was made on"):
+        rankloom.load(zoo.build("llama", hidden_size=32, intermediate_size=48), tmp_path)
