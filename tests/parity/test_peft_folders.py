@@ -1,8 +1,10 @@
-"""PEFT's folders of the forms beside LoRA, in float64: what it saves we compute, and what does not fit is one line."""
+"""PEFT's folders of the forms beside LoRA, both ways, in float64: each computes what the other saved, and what does not fit is
+one line."""
 
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import rankloom
+from rankloom import Recipe, Targets
+from rankloom.adapters import BAT, AdapterPart, FourierFT, LoHa, LoKr, MiSS, RandLoRA, VeRA
 from rankloom.errors import ArtifactError
+from rankloom.init import OwnStart
 from tests import zoo
 
 peft = pytest.importorskip("peft")
@@ -145,6 +150,136 @@ def test_a_fresh_start_on_banks_that_only_a_file_has(form: str) -> None:
     with pytest.raises(rankloom.errors.RecipeError, match="takes its random tensors from a saved adapter: load one"):
         rankloom.adapt(model, recipe)
     assert not any("rankloom" in m._modules for m in model.modules())
+
+
+# --- and back --------------------------------------------------------------------------------------------------------------
+
+
+def through_peft(folder: Path, kind: str) -> tuple[Tensor, Tensor]:
+    """PEFT's logits with the adapter attached, and after its own merge; whatever it loads, it has to know."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's and transformers' own affair
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", message=".*fan_in_fan_out is set to|.*Already found a `peft_config`")
+        # PEFT's RandLoRA repeats its shared bases under every module, and misses the copies where they are written once.
+        warnings.filterwarnings("ignore", message=r"Found missing adapter keys[^,]*\.randlora_A")
+        loaded = peft.PeftModel.from_pretrained(zoo.build(kind), folder).eval()
+        attached = zoo.logits(loaded, zoo.batch(kind))
+        return attached, zoo.logits(loaded.merge_and_unload(), zoo.batch(kind))
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_what_peft_saved_goes_back_number_for_number(name: str, tmp_path: Path) -> None:
+    kind, config, form = SAVED[name]
+    close = SINGLE if form == "fourierft" else TOLERANCE
+    asked = config()
+    expected = saved_by_peft(asked, kind, tmp_path / "peft")
+    handle = rankloom.load(zoo.build(kind), tmp_path / "peft")
+    report = handle.export(tmp_path / "back")
+    assert (report["form"], report["exact"], report["reason"]) == (form, True, None)
+    for logits in through_peft(tmp_path / "back", kind):
+        torch.testing.assert_close(logits, expected, **close)
+    theirs, mine = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("peft", "back"))
+    if "Tucker" not in name:  # its core is contracted
+        drawn = {} if getattr(asked, "save_projection", True) else {k: mine.pop(k) for k in set(mine) - set(theirs)}
+        assert all(k.startswith("base_model.") and k.endswith(("_A", "_B")) for k in drawn)
+        assert all(torch.equal(t, theirs[k]) for k, t in mine.items())
+    again = rankloom.load(zoo.build(kind), tmp_path / "back")
+    assert again.recipe == handle.recipe and same(again.state_dict(), handle.state_dict())
+
+
+QKD, HEAD = Targets(("q_proj", "k_proj", "down_proj")), Targets(("q_proj", "down_proj"), train=("lm_head", "norm"))
+FUSED, BIASED = Targets(("c_attn", "c_proj")), Targets(("c_attn", "c_fc"), train=("c_attn.bias", "ln_f"))
+CONV = Targets(("stem", "body", "mix"))
+OURS: dict[str, tuple[str, Targets, AdapterPart]] = {
+    "lokr": ("llama", QKD, LoKr(rank=1, alpha=3, decompose_both=True, zero="w2")),
+    "lokr, patterns": ("llama", HEAD, LoKr(rank=1, rank_pattern={"q_proj": 2}, alpha_pattern={"*.0.*": 3})),
+    "lokr, convolution": ("convnet", CONV, LoKr(rank=1)),
+    "lokr, whole convolution": ("convnet", CONV, LoKr(rank=9)),
+    "loha": ("llama", HEAD, LoHa(rank=2, alpha=3)),
+    "loha, patterns": ("llama", QKD, LoHa(rank=2, alpha=6, rank_pattern={"k_proj": 4}, alpha_pattern={"*.1.*": 3})),
+    "loha, convolution": ("convnet", CONV, LoHa(rank=2, alpha=3)),
+    "miss": ("llama", QKD, MiSS(rank=5)),
+    "miss, mini": ("llama", HEAD, MiSS(rank=3, mini=4)),
+    "bat": ("llama", HEAD, BAT(rank=4)),
+    "fourierft": ("gpt2", BIASED, FourierFT(coefficients=12, scale=9.0, places="peft", seed=3)),
+    "vera": ("llama", QKD, VeRA(rank=5, dropout=0.1)),
+    "vera, Conv1D": ("gpt2", BIASED, VeRA(rank=3)),
+    "randlora": ("llama", QKD, RandLoRA(rank=3, order="peft", scale=2.5)),
+    "randlora, matched": ("gpt2", FUSED, RandLoRA(rank=3)),
+    "randlora, Conv1D": ("gpt2", BIASED, RandLoRA(rank=5, order="peft")),
+}
+ROUNDED = ("vera", "randlora, matched")  # scales folded into a vector once; terms summed in another order
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_what_we_export_peft_computes(name: str, tmp_path: Path) -> None:
+    kind, targets, part = OURS[name]
+    close = SINGLE if part.kind == "fourierft" else TOLERANCE
+    handle = rankloom.adapt(zoo.build(kind), Recipe(targets=targets, adapter=part, init=OwnStart()))
+    zoo.perturb(handle, 0.2)
+    expected = zoo.logits(handle.model, zoo.batch(kind))
+    report = handle.export(tmp_path / "first")
+    assert (report["form"], report["exact"], report["reason"]) == (part.kind, True, None)
+    assert torch.equal(zoo.logits(handle.model, zoo.batch(kind)), expected)  # exporting changed nothing here
+    for logits in through_peft(tmp_path / "first", kind):
+        torch.testing.assert_close(logits, expected, **close)
+    again = rankloom.load(zoo.build(kind), tmp_path / "first")
+    found = zoo.logits(again.model, zoo.batch(kind))
+    if name.startswith(ROUNDED):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    else:
+        assert torch.equal(found, expected)
+        kept = {k: t for k, t in again.state_dict().items() if ".stored." not in k}
+        assert same(kept, {k: t for k, t in handle.state_dict().items() if k in kept})
+    again.export(tmp_path / "second")
+    files = [load_file(tmp_path / f / "adapter_model.safetensors") for f in ("first", "second")]
+    assert same(*files) and "form" in json.loads((tmp_path / "second" / "rankloom_export.json").read_text())
+
+
+PLAIN: dict[str, tuple[str, Targets, AdapterPart, str]] = {
+    "an embedding": (
+        "llama",
+        Targets(("embed_tokens", "q_proj")),
+        MiSS(rank=4),
+        "PEFT's MISS adapts no Embedding, as model.em",
+    ),
+    "Conv1D": ("gpt2", FUSED, LoKr(rank=1), "PEFT's LOKR adapts no Conv1D, as transformer.h.0.attn.c_attn"),
+    "slices": (
+        "gpt2",
+        Targets(("c_attn[q]",)),
+        VeRA(rank=3),
+        "adapts no row slices, as transformer.h.0.attn.c_attn\\[0:16",
+    ),
+    "a convolution": ("convnet", CONV, VeRA(rank=3), "PEFT's VERA adapts no Conv2d, as stem"),
+    "ragged blocks": ("llama", QKD, BAT(rank=3), r"sides that rank 3 divides, .*q_proj is \(16, 16\)"),
+    "hashed places": ("llama", QKD, FourierFT(coefficients=12), "draws other places"),
+    "unlike terms": ("llama", QKD, RandLoRA(rank=3), "modules of 3 and 6 terms otherwise"),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_peft_cannot_hold_is_plain_lora_for_a_reason(name: str, tmp_path: Path) -> None:
+    kind, targets, part, reason = PLAIN[name]
+    handle = rankloom.adapt(zoo.build(kind), Recipe(targets=targets, adapter=part, init=OwnStart()))
+    zoo.perturb(handle, 0.2)
+    report = handle.export(tmp_path / "export", energy=1.0)
+    assert report["form"] == "lora" and report["exact"] and re.search(reason, report["reason"])
+    assert json.loads((tmp_path / "export" / "rankloom_export.json").read_text())["reason"] == report["reason"]
+    for logits in through_peft(tmp_path / "export", kind):
+        torch.testing.assert_close(logits, zoo.logits(handle.model, zoo.batch(kind)), rtol=0, atol=1e-9)
+
+
+def test_plain_lora_on_request(tmp_path: Path) -> None:
+    handle = rankloom.adapt(zoo.build("llama"), Recipe(targets=QKD, adapter=MiSS(rank=4), init=OwnStart()))
+    zoo.perturb(handle)
+    for options in ({"form": "lora"}, {"rank": 4}):
+        report = handle.export(tmp_path / "export", **options)  # type: ignore[arg-type]
+        assert (report["form"], report["rank"], report["reason"]) == ("lora", 4, None)
 
 
 # --- what does not fit ----------------------------------------------------------------------------------------------------
