@@ -7,6 +7,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,23 @@ def saved_by_peft(config: Any, kind: str, folder: Path, **save: Any) -> Tensor:
                     p += 0.2 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
         made.save_pretrained(folder, **save)
     return zoo.logits(made, zoo.batch(kind))
+
+
+def through_peft(folder: Path, kind: str) -> tuple[Tensor, Tensor]:
+    """PEFT's logits with the adapter attached, and after its own merge; whatever it loads, it has to know."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's and transformers' own affair
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", message=".*fan_in_fan_out is set to|.*Already found a `peft_config`")
+        # PEFT's RandLoRA repeats its shared bases under every module, and misses the copies where they are written once.
+        warnings.filterwarnings("ignore", message=r"Found missing adapter keys[^,]*\.randlora_A")
+        loaded = peft.PeftModel.from_pretrained(zoo.build(kind), folder).eval()
+        attached = zoo.logits(loaded, zoo.batch(kind))
+        return attached, zoo.logits(loaded.merge_and_unload(), zoo.batch(kind))
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def vera(**settings: Any) -> Any:
@@ -104,11 +122,16 @@ SAVED: dict[str, tuple[str, Callable[[], Any], str]] = {
     "randlora, sparse": ("llama", lambda: randlora(sparse=True, save_projection=False), "randlora"),
     "randlora, very sparse": ("llama", lambda: randlora(very_sparse=True, save_projection=False), "randlora"),
     "randlora, Conv1D": ("gpt2", lambda: randlora(**GPT2), "randlora"),
+    "randlora, bases wider than any module's": (
+        "llama",
+        lambda: randlora(target_modules=["up_proj", "down_proj"]),
+        "randlora",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", SAVED)
-def test_what_peft_saves_loads_here(name: str, tmp_path: Path) -> None:
+def test_what_peft_saves_loads_here_and_goes_back_number_for_number(name: str, tmp_path: Path) -> None:
     kind, config, form = SAVED[name]
     asked = config()
     close = SINGLE if form == "fourierft" else TOLERANCE
@@ -121,12 +144,37 @@ def test_what_peft_saves_loads_here(name: str, tmp_path: Path) -> None:
     handle.merge()
     torch.testing.assert_close(zoo.logits(model, zoo.batch(kind)), expected, **close)
     handle.unmerge()
+
+    report = handle.export(tmp_path / "back")
+    assert (report["form"], report["exact"], report["reason"]) == (form, True, None)
+    for logits in through_peft(tmp_path / "back", kind):
+        torch.testing.assert_close(logits, expected, **close)
+    theirs, mine = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("peft", "back"))
+    if "Tucker" not in name:  # its core is contracted
+        drawn = {} if getattr(asked, "save_projection", True) else {k: mine.pop(k) for k in set(mine) - set(theirs)}
+        assert all(k.startswith("base_model.") and k.endswith(("_A", "_B")) for k in drawn)
+        read = {
+            k: t != 0 if "base_model.randlora" in k else ... for k, t in mine.items()
+        }  # zeros where no module reads
+        assert all(torch.equal(t[read[k]], theirs[k][read[k]]) for k, t in mine.items())
+
     handle.save(tmp_path / "ours")  # an ordinary adaptation from here on
-    state = {n: t.clone() for n, t in handle.state_dict().items()}
-    handle.detach()
-    again = rankloom.load(model, tmp_path / "ours")
-    assert all(torch.equal(t, again.state_dict()[n]) for n, t in state.items())
-    torch.testing.assert_close(zoo.logits(model, zoo.batch(kind)), expected, **close)
+    for folder in ("back", "ours"):
+        again = rankloom.load(zoo.build(kind), tmp_path / folder)
+        assert again.recipe == handle.recipe and same(again.state_dict(), handle.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [{}, {"sparse": True}, {"very_sparse": True}, "vera"])
+def test_banks_are_drawn_as_peft_draws_them(kind: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    config = partial(vera, projection_prng_key=5) if kind == "vera" else partial(randlora, **kind)
+    stored = []
+    for saved in (True, False):
+        made = peft.get_peft_model(zoo.build("llama", dtype=dtype), config(save_projection=saved))
+        made.save_pretrained(tmp_path / str(saved))
+        state = rankloom.load(zoo.build("llama", dtype=dtype), tmp_path / str(saved)).state_dict()
+        stored.append({k: t for k, t in state.items() if ".stored." in k})
+    assert len(stored[0]) == 2 and all(t.any() for t in stored[0].values()) and same(*stored)
 
 
 @pytest.mark.parametrize("config", [vera, randlora])
@@ -155,45 +203,9 @@ def test_a_fresh_start_on_banks_that_only_a_file_has(form: str) -> None:
 # --- and back --------------------------------------------------------------------------------------------------------------
 
 
-def through_peft(folder: Path, kind: str) -> tuple[Tensor, Tensor]:
-    """PEFT's logits with the adapter attached, and after its own merge; whatever it loads, it has to know."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT's and transformers' own affair
-        warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", message=".*fan_in_fan_out is set to|.*Already found a `peft_config`")
-        # PEFT's RandLoRA repeats its shared bases under every module, and misses the copies where they are written once.
-        warnings.filterwarnings("ignore", message=r"Found missing adapter keys[^,]*\.randlora_A")
-        loaded = peft.PeftModel.from_pretrained(zoo.build(kind), folder).eval()
-        attached = zoo.logits(loaded, zoo.batch(kind))
-        return attached, zoo.logits(loaded.merge_and_unload(), zoo.batch(kind))
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-@pytest.mark.parametrize("name", SAVED)
-def test_what_peft_saved_goes_back_number_for_number(name: str, tmp_path: Path) -> None:
-    kind, config, form = SAVED[name]
-    close = SINGLE if form == "fourierft" else TOLERANCE
-    asked = config()
-    expected = saved_by_peft(asked, kind, tmp_path / "peft")
-    handle = rankloom.load(zoo.build(kind), tmp_path / "peft")
-    report = handle.export(tmp_path / "back")
-    assert (report["form"], report["exact"], report["reason"]) == (form, True, None)
-    for logits in through_peft(tmp_path / "back", kind):
-        torch.testing.assert_close(logits, expected, **close)
-    theirs, mine = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("peft", "back"))
-    if "Tucker" not in name:  # its core is contracted
-        drawn = {} if getattr(asked, "save_projection", True) else {k: mine.pop(k) for k in set(mine) - set(theirs)}
-        assert all(k.startswith("base_model.") and k.endswith(("_A", "_B")) for k in drawn)
-        assert all(torch.equal(t, theirs[k]) for k, t in mine.items())
-    again = rankloom.load(zoo.build(kind), tmp_path / "back")
-    assert again.recipe == handle.recipe and same(again.state_dict(), handle.state_dict())
-
-
 QKD, HEAD = Targets(("q_proj", "k_proj", "down_proj")), Targets(("q_proj", "down_proj"), train=("lm_head", "norm"))
 FUSED, BIASED = Targets(("c_attn", "c_proj")), Targets(("c_attn", "c_fc"), train=("c_attn.bias", "ln_f"))
+WIDE = Targets(("up_proj", "down_proj"))  # PEFT makes bases for 24 x 24, where 16 x 24 are read
 CONV = Targets(("stem", "body", "mix"))
 OURS: dict[str, tuple[str, Targets, AdapterPart]] = {
     "lokr": ("llama", QKD, LoKr(rank=1, alpha=3, decompose_both=True, zero="w2")),
@@ -210,6 +222,8 @@ OURS: dict[str, tuple[str, Targets, AdapterPart]] = {
     "vera": ("llama", QKD, VeRA(rank=5, dropout=0.1)),
     "vera, Conv1D": ("gpt2", BIASED, VeRA(rank=3)),
     "randlora": ("llama", QKD, RandLoRA(rank=3, order="peft", scale=2.5)),
+    "randlora, wide and tall": ("llama", WIDE, RandLoRA(rank=3, order="peft")),
+    "randlora, matched, wide and tall": ("llama", WIDE, RandLoRA(rank=3)),
     "randlora, matched": ("gpt2", FUSED, RandLoRA(rank=3)),
     "randlora, Conv1D": ("gpt2", BIASED, RandLoRA(rank=5, order="peft")),
 }

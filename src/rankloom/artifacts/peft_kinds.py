@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rankloom import adapters as ours
-from rankloom.adapters import Adapter, AdapterPart
+from rankloom.adapters import AdapterPart
 from rankloom.artifacts.peft_format import CONFIG, of_pattern, pattern_keys
 from rankloom.errors import ArtifactError
 from rankloom.targets import Conv1DLayer, Conv2dLayer, Layer, LinearLayer, exact_pattern
@@ -28,7 +28,6 @@ class PeftKind:
     """
 
     peft_type: str
-    adapter: type[Adapter]
     names: Mapping[str, str]
     reads: str
     part: Callable[[Config, Collection[str]], AdapterPart]
@@ -157,7 +156,6 @@ _BANKED = "r save_projection projection_prng_key init_weights"
 KINDS = {
     "lokr": PeftKind(
         "LOKR",
-        ours.LoKrAdapter,
         {n: f"lokr_{n}" for n in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
         "r alpha rank_pattern alpha_pattern decompose_both decompose_factor use_effective_conv2d init_weights",
         _lokr,
@@ -166,7 +164,6 @@ KINDS = {
     ),
     "loha": PeftKind(
         "LOHA",
-        ours.LoHaAdapter,
         {n: f"hada_{n}" for n in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
         "r alpha rank_pattern alpha_pattern use_effective_conv2d init_weights",
         _loha,
@@ -175,7 +172,6 @@ KINDS = {
     ),
     "miss": PeftKind(
         "MISS",
-        ours.MiSSAdapter,
         {"D": "miss_block"},
         "r mini_r init_weights",
         _miss,
@@ -184,7 +180,6 @@ KINDS = {
     ),
     "bat": PeftKind(
         "MISS",
-        ours.BATAdapter,
         {"b": "miss_block"},
         "r mini_r init_weights",
         _miss,
@@ -194,7 +189,6 @@ KINDS = {
     ),
     "fourierft": PeftKind(
         "FOURIERFT",
-        ours.FourierFTAdapter,
         {"c": "fourierft_spectrum"},
         "n_frequency scaling random_loc_seed init_weights",
         _fourierft,
@@ -203,7 +197,6 @@ KINDS = {
     ),
     "vera": PeftKind(
         "VERA",
-        ours.VeRAAdapter,
         {"b": "vera_lambda_b", "d": "vera_lambda_d"},
         f"{_BANKED} vera_dropout d_initial",
         _vera,
@@ -213,7 +206,6 @@ KINDS = {
     ),
     "randlora": PeftKind(
         "RANDLORA",
-        ours.RandLoRAAdapter,
         {"lam": "randlora_lambda", "gam": "randlora_gamma"},
         f"{_BANKED} randlora_alpha randlora_dropout sparse very_sparse",
         _randlora,

@@ -26,8 +26,6 @@ def obstacle(handle: Handle) -> str | None:
     kind = KINDS[part.kind]
     for binding in bindings:
         layer = binding.layer
-        if type(binding.adapter) is not kind.adapter:
-            return f"PEFT has no chains of {part.kind}, as on {binding.name}"
         if layer.rows is not None:
             return f"PEFT's {kind.peft_type} adapts no row slices, as {binding.name}"
         if not isinstance(layer, kind.layers):
