@@ -55,9 +55,9 @@ def form_recipe(folder: Path, config: Config, tensors: Mapping[str, Tensor], mod
         own |= {f"{target.name}.{n}": held[kind.names[n]] for n, _ in adapter.named_parameters()}
     if kind.banks:
         rows = _banks(file, kind, config, targets)
-        for index, found in enumerate(rows):
+        for index, (name, found) in enumerate(zip(kind.banks.values(), rows, strict=True)):
             key = f"{targets[0].name}.stored.{index}.rows"
-            own[key] = _corner(found, own[key], file, list(kind.banks.values())[index])
+            own[key] = _corner(found, own[key], file, name)
     whole = whole_tensors(file.rest, model, set(file.modules), file.where)
     recipe = Recipe(targets=targets_for(file.modules, whole, model), adapter=part, init=OwnStart())
     own |= {f"whole.{name}": tensor for name, tensor in whole.items()}
@@ -107,10 +107,8 @@ def _part(folder: Path, config: Config, targets: list[Target]) -> AdapterPart:
         part.check_on(targets)
     except KeyError as error:
         raise ArtifactError(f"{where} lacks {error.args[0]}: save the adapter again in peft") from None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(
-            f"{where} has a setting of the wrong type ({error}): save the adapter again in peft"
-        ) from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ArtifactError(f"{where} has a setting that cannot be ({error}): save the adapter again in peft") from None
     except ArtifactError:
         raise
     except RankloomError as error:
