@@ -3,6 +3,7 @@ one line."""
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import warnings
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import rankloom
 from rankloom import Recipe, Targets
@@ -186,9 +187,12 @@ def test_stored_banks_are_in_the_file_once_and_follow_the_model(config: Any, tmp
     assert not any(name.endswith("digest") for name in handle.state_dict())
     zoo.train(handle, handle.optimizer(1e-3), zoo.batches("llama"), 2)
     assert {t.name.rsplit(".", 1)[1] for t in handle.trainables()} <= {"b", "d", "lam", "gam"}
+    twin = copy.deepcopy(handle.model)
     narrow = handle.model.float()
     assert {b.adapter.state_dict()[k].dtype for b in handle.bindings for k in b.adapter.state_dict()} == {torch.float32}
-    assert torch.isfinite(zoo.logits(narrow, zoo.batch("llama"))).all()
+    wide, small = (zoo.logits(model, zoo.batch("llama")) for model in (twin, narrow))
+    assert wide.dtype == torch.float64 and small.dtype == torch.float32  # a copy has banks of its own
+    torch.testing.assert_close(small.double(), wide, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("form", ["vera", "randlora"])
@@ -206,6 +210,7 @@ def test_a_fresh_start_on_banks_that_only_a_file_has(form: str) -> None:
 QKD, HEAD = Targets(("q_proj", "k_proj", "down_proj")), Targets(("q_proj", "down_proj"), train=("lm_head", "norm"))
 FUSED, BIASED = Targets(("c_attn", "c_proj")), Targets(("c_attn", "c_fc"), train=("c_attn.bias", "ln_f"))
 WIDE = Targets(("up_proj", "down_proj"))  # PEFT makes bases for 24 x 24, where 16 x 24 are read
+QUERY = Targets(("query", "key"), train=("query.bias", "classifier"))
 CONV = Targets(("stem", "body", "mix"))
 OURS: dict[str, tuple[str, Targets, AdapterPart]] = {
     "lokr": ("llama", QKD, LoKr(rank=1, alpha=3, decompose_both=True, zero="w2")),
@@ -218,6 +223,9 @@ OURS: dict[str, tuple[str, Targets, AdapterPart]] = {
     "miss": ("llama", QKD, MiSS(rank=5)),
     "miss, mini": ("llama", HEAD, MiSS(rank=3, mini=4)),
     "bat": ("llama", HEAD, BAT(rank=4)),
+    "lokr, biases": ("bert", QUERY, LoKr(rank=2)),
+    "loha, biases": ("bert", QUERY, LoHa(rank=2, alpha=2)),
+    "bat, biases": ("bert", QUERY, BAT(rank=4)),
     "fourierft": ("gpt2", BIASED, FourierFT(coefficients=12, scale=9.0, places="peft", seed=3)),
     "vera": ("llama", QKD, VeRA(rank=5, dropout=0.1)),
     "vera, Conv1D": ("gpt2", BIASED, VeRA(rank=3)),
@@ -286,6 +294,32 @@ def test_what_peft_cannot_hold_is_plain_lora_for_a_reason(name: str, tmp_path: P
     assert json.loads((tmp_path / "export" / "rankloom_export.json").read_text())["reason"] == report["reason"]
     for logits in through_peft(tmp_path / "export", kind):
         torch.testing.assert_close(logits, zoo.logits(handle.model, zoo.batch(kind)), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("part", [LoKr(rank=1), LoHa(rank=2, alpha=2)])
+def test_convolutions_that_only_these_forms_compute_alike_in_peft(part: AdapterPart, tmp_path: Path) -> None:
+    def model(**settings: Any) -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(8, 12, 3, padding=2, **settings)).double()
+
+    dilated = {"groups": 2, "dilation": 2}
+    recipe, x = Recipe(targets=Targets(("0",)), adapter=part, init=OwnStart()), torch.randn(2, 8, 6, 6).double()
+    handle = rankloom.adapt(model(**dilated), recipe)
+    zoo.perturb(handle, 0.2)
+    assert handle.export(tmp_path / "own")["form"] == part.kind
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = peft.PeftModel.from_pretrained(model(**dilated), tmp_path / "own")
+    torch.testing.assert_close(loaded(x), handle.model(x), **TOLERANCE)
+    torch.testing.assert_close(
+        rankloom.load(model(**dilated), tmp_path / "own").model(x), handle.model(x), rtol=0, atol=0
+    )
+    torch.testing.assert_close(loaded.merge_and_unload()(x), handle.model(x), **TOLERANCE)
+    with pytest.raises(ArtifactError, match="PEFT's LoRA drops groups"):
+        handle.export(tmp_path / "plain", form="lora")
+    reflected = rankloom.adapt(model(padding_mode="reflect"), recipe)
+    with pytest.raises(ArtifactError, match="PEFT's LoRA drops groups"):  # what remains, once its own form is out
+        reflected.export(tmp_path / "plain")
 
 
 def test_plain_lora_on_request(tmp_path: Path) -> None:

@@ -86,6 +86,7 @@ def _made(
     if known and not plain and reason is None:
         made = held_form(handle)
     else:
+        _refuse_convolutions(handle.bindings)
         made = peft_form("plain" if plain else native_kind(handle.bindings), handle, cut)
     name = base_model if base_model is not None else handle.fingerprint().name
     whole = whole_entries(handle, {entry.name for entry in made.entries})
@@ -108,13 +109,19 @@ def _refuse_unsupported(bindings: list[Binding]) -> None:
             raise ArtifactError(
                 f"PEFT cannot adapt {binding.name} ({type(layer.module).__name__}): export merged instead"
             )
-        if isinstance(layer, Conv2dLayer):
-            conv: Any = layer.module
-            if conv.groups > 1 or conv.dilation not in (1, (1, 1)) or conv.padding_mode != "zeros":
-                raise ArtifactError(
-                    f"PEFT's LoRA drops groups, dilation and padding modes of a convolution, as {binding.name} has: leave it "
-                    f"out of targets, or export(format='merged')"
-                )
+
+
+def _refuse_convolutions(bindings: list[Binding]) -> None:
+    """Raise :class:`ArtifactError` for those that PEFT's LoRA would compute otherwise."""
+    for binding in bindings:
+        conv: Any = binding.layer.module
+        if isinstance(binding.layer, Conv2dLayer) and (
+            conv.groups > 1 or conv.dilation not in (1, (1, 1)) or conv.padding_mode != "zeros"
+        ):
+            raise ArtifactError(
+                f"PEFT's LoRA drops groups, dilation and padding modes of a convolution, as {binding.name} has: leave it out of "
+                f"targets, or export(format='merged')"
+            )
 
 
 def _config(handle: Handle, made: PeftForm, whole: Whole, base: str) -> dict[str, Any]:

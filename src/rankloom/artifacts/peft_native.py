@@ -30,6 +30,8 @@ def obstacle(handle: Handle) -> str | None:
             return f"PEFT's {kind.peft_type} adapts no row slices, as {binding.name}"
         if not isinstance(layer, kind.layers):
             return f"PEFT's {kind.peft_type} adapts no {type(layer).__name__.removesuffix('Layer')}, as {binding.name}"
+        if isinstance(layer, Conv2dLayer) and layer.module.padding_mode != "zeros":
+            return f"PEFT's {kind.peft_type} pads convolutions with zeros, unlike {binding.name}"
     return kind.limit(part, bindings)
 
 
