@@ -73,6 +73,8 @@ EVERYTHING_ELSE = Targets(train=("*",))  # adapt all linears, train the rest who
 
 BEST_RANK = "best rank-k approximation with its measured error; merged weights exactly"
 
+BLOCKS = "PEFT MiSS (bat) exactly on linear layers whose sides r divides, else " + BEST_RANK
+
 OFFSET = "the stored weight is never edited: the adapter carries its start and subtracts it, so step 0 is bit-exact."
 
 CHAINED = "exact while links times rank stays below the weight's, else the best approximation; merged weights exactly"
@@ -156,7 +158,7 @@ TABLE: dict[str, Method] = {
         "arXiv 2309.14859; 2212.10650",
         "A Kronecker product of two small factors, the second one of low rank, applied without forming it.",
         parameters="m n + r (p + q) per target with out = m p, in = n q, balanced; m n + p q where r >= max(p, q) / 2",
-        export=BEST_RANK,
+        export="PEFT LoKr exactly on linear layers and convolutions, else " + BEST_RANK,
         deviations="w1 starts at zero as in PEFT (adapter.zero='w2' for LyCORIS's start); alpha / r also where both factors are "
         "whole, as in PEFT, where LyCORIS has 1.",
     ),
@@ -166,7 +168,7 @@ TABLE: dict[str, Method] = {
         "arXiv 2108.06098",
         "The elementwise product of two low-rank matrices, of rank up to r^2; run as a product of rank r^2 where that is thin.",
         parameters="2 r (in + out) per target",
-        export="exact (rank r^2, at most min(in, out))",
+        export="exact (PEFT LoHa on linear layers and convolutions; plain LoRA of rank r^2, at most min(in, out))",
         deviations="starts with He-uniform factors and w2_b = 0, as PEFT; LyCORIS draws normals and has w2_a = 0.",
     ),
     "soka": Method(
@@ -403,8 +405,10 @@ TABLE: dict[str, Method] = {
         "arXiv 2310.11454",
         "One frozen random pair for the whole model; every layer learns two vectors that scale its rows and components.",
         parameters="out + r per target",
+        export="exact (PEFT VeRA with its projections on linear layers; plain LoRA of rank r)",
         deviations="each layer's corner of A is scaled for its own width (the released code scales for the widest, which "
-        "makes a layer depend on what else is adapted). The banks come from the seed and are never stored.",
+        "makes a layer depend on what else is adapted). The banks come from the seed and are not stored, but for an adapter read "
+        "from PEFT (adapter.basis='stored').",
     ),
     "randlora": Method(
         Recipe(adapter=RandLoRA(rank=32, scale=20), init=OwnStart()),
@@ -412,7 +416,8 @@ TABLE: dict[str, Method] = {
         "arXiv 2502.00987",
         "An update of full rank: a sum of products of shared random matrices under learned diagonal scales.",
         parameters="ceil(d / r) (d + r) per target, d = min(in, out)",
-        export="exact at full rank; at rank k with its measured error",
+        export="PEFT RandLoRA exactly on linear layers of equally many terms, or with adapter.order='peft'; else plain LoRA at "
+        "full rank exactly, at rank k with its measured error",
         deviations="factors are paired as in the equation; PEFT pairs the rows of A by component, the columns of B by term "
         "(adapter.order='peft'). Banks come from the seed in float32, of variance 1 by construction; PEFT draws them in half "
         "precision and divides by their standard deviation.",
@@ -434,7 +439,7 @@ TABLE: dict[str, Method] = {
         "arXiv 2405.03003",
         "The update is the inverse Fourier transform of 1000 learned coefficients at random places.",
         parameters="n per target",
-        export="best rank-k approximation with its measured error; merged weights exactly",
+        export="PEFT FourierFT exactly on linear layers with adapter.places='peft', else " + BEST_RANK,
         deviations="coefficients start at zero (PEFT draws them from N(0, 1) by default, which moves the output). Places come "
         "from a hash of the seed; PEFT's are adapter.places='peft'.",
     ),
@@ -467,6 +472,7 @@ TABLE: dict[str, Method] = {
         "arXiv 2409.15371",
         "One matrix from zero, multiplied with the sum of the input's slices; adapter.mini repeats it along the output too.",
         parameters="r out per target",
+        export="exact (PEFT MiSS on linear layers; plain LoRA of rank r)",
         deviations="the paper's unoptimised variant, which shares rows along the output instead of slices of the input, is left "
         "out.",
     ),
@@ -476,7 +482,7 @@ TABLE: dict[str, Method] = {
         "arXiv 2409.15371",
         "Every r x r block of the weight is transformed, W b + b, with one b from zero for all blocks of a block row.",
         parameters="r^2 ceil(out / r) per target",
-        export="best rank-k approximation with its measured error; merged weights exactly",
+        export=BLOCKS,
         deviations="sides that r does not divide are padded with zeros, where the released code refuses them. Unmerging takes "
         "the kept base weight, no inverse of I + b.",
     ),
@@ -486,7 +492,7 @@ TABLE: dict[str, Method] = {
         "arXiv 2409.15371",
         "The first version's block-affine form, W b + b, which later versions call BAT; what they call Bone is MiSS.",
         parameters="r^2 ceil(out / r) per target",
-        export="best rank-k approximation with its measured error; merged weights exactly",
+        export=BLOCKS,
         deviations="as bat.",
     ),
     "sara": Method(

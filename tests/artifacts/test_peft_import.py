@@ -81,8 +81,8 @@ BAD = {
     "truncated": (truncated, r"adapter_model.safetensors is truncated or damaged \(900 bytes"),
     "not json": (not_json, r"adapter_config.json is not valid JSON"),
     "another method": (
-        settings(peft_type="VERA"),
-        r"holds the PEFT type VERA, rankloom loads LORA, ADALORA, LOKR and LOHA: merge it",
+        settings(peft_type="IA3"),
+        r"holds the PEFT type IA3, rankloom loads LORA, ADALORA, LOKR, LOHA, MISS, FOURIERFT, VERA, RANDLORA: merge it",
     ),
     "no method": (settings(peft_type=None), r"holds the PEFT type None"),
     "edited base": (settings(init_lora_weights="pissa_niter_4"), r"started by 'pissa_niter_4', which changes the base"),

@@ -42,8 +42,9 @@ def assert_peft_agrees(handle: rankloom.Adaptation, kind: str, folder: Path, **o
     report = handle.export(folder, **options)
     assert torch.equal(zoo.logits(handle.model, inputs_for(kind)), expected)  # exporting changed nothing here
     attached, merged = through_peft(folder, kind)
-    torch.testing.assert_close(attached, expected, **TOLERANCE)
-    torch.testing.assert_close(merged, expected, **TOLERANCE)
+    close = {"rtol": 0, "atol": 1e-7} if report["form"] == "loha" else TOLERANCE  # PEFT rounds its alpha / r to float32
+    torch.testing.assert_close(attached, expected, **close)
+    torch.testing.assert_close(merged, expected, **close)
     return report
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from rankloom.adapters.base import AdapterPart, Dtype, adapter_dtype
+from rankloom.adapters.base import Dtype, adapter_dtype
 from rankloom.adapters.factored import FactoredAdapter
 from rankloom.adapters.materialized import MaterializedAdapter
-from rankloom.errors import RecipeError
+from rankloom.adapters.patterned import PatternedPart
 from rankloom.parts import part
 from rankloom.targets import EmbeddingLayer, Layer, Target
 
@@ -87,23 +87,23 @@ class LoHaAdapter(FactoredAdapter, MaterializedAdapter):
 
 @part("adapter", "loha")
 @dataclass(frozen=True)
-class LoHa(AdapterPart):
+class LoHa(PatternedPart):
     """``y = x (W + s (w1_a w1_b) * (w2_a w2_b))^T + b`` with ``s = alpha / r`` (2108.06098, Prop. 1), of rank up to ``r^2``.
 
-    ``w2_b`` starts at zero. Parameters per target: ``2 r (in + out)``. Settings mean what they do in PEFT.
+    ``w2_b`` starts at zero. ``rank_pattern`` and ``alpha_pattern`` override rank and alpha for the targets a pattern matches
+    (last match wins); all other settings mean what they do in PEFT. Parameters per target: ``2 r (in + out)``.
     """
 
     rank: int = 8
     alpha: float = 8.0
     dtype: Dtype = "auto"
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     @property
     def offers(self) -> frozenset[str]:
         return frozenset({"own start"})
 
-    def check(self) -> None:
-        if self.rank < 1:
-            raise RecipeError(f"adapter rank must be at least 1, got {self.rank}")
-
     def build(self, target: Target) -> LoHaAdapter:
-        return LoHaAdapter(target.layer, self.rank, self.alpha / self.rank, adapter_dtype(self.dtype, target.layer))
+        rank, scale = self.rank_of(target.name), self.scale_of(target.name)
+        return LoHaAdapter(target.layer, rank, scale, adapter_dtype(self.dtype, target.layer))

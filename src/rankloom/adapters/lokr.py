@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from rankloom.adapters.base import AdapterPart, Dtype, adapter_dtype
+from rankloom.adapters.base import Dtype, adapter_dtype
 from rankloom.adapters.kronecker import KroneckerAdapter
+from rankloom.adapters.patterned import PatternedPart
 from rankloom.errors import RecipeError
 from rankloom.kernels import Terms
 from rankloom.linalg import divisors
@@ -77,13 +78,14 @@ def sides(dimension: int, factor: int) -> tuple[int, int]:
 
 @part("adapter", "lokr")
 @dataclass(frozen=True)
-class LoKr(AdapterPart):
+class LoKr(PatternedPart):
     """``y = x (W + s w1 (x) w2)^T + b`` with ``s = alpha / r`` (2309.14859, Sec. 3.3; without low rank KronA, 2212.10650).
 
     out = m p and in = n q are factorised alike: ``decompose_factor`` is the first factor's share where it divides them, and
     the most it may be where it does not; -1 stands for the balanced divisors. ``w2`` (p, q) is of rank ``r`` where
     ``r < max(p, q) / 2``, whole else; ``w1`` (m, n) is whole unless ``decompose_both`` asks for the same rule. A convolution's
-    channels are factorised, its kernel stays with ``w2``. ``zero`` says which factor starts at zero. All settings mean what
+    channels are factorised, its kernel stays with ``w2``. ``zero`` says which factor starts at zero. ``rank_pattern`` and
+    ``alpha_pattern`` override rank and alpha for the targets a pattern matches (last match wins). All other settings mean what
     they do in PEFT. A dimension without divisors leaves that side of ``w1`` with 1.
     Parameters per target: ``m n + r (p + q)``, with low-rank ``w1`` ``r (m + n + p + q)``, without any ``m n + p q``.
     """
@@ -94,14 +96,15 @@ class LoKr(AdapterPart):
     decompose_factor: int = -1
     zero: Literal["w1", "w2"] = "w1"
     dtype: Dtype = "auto"
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     @property
     def offers(self) -> frozenset[str]:
         return frozenset({"own start"})
 
     def check(self) -> None:
-        if self.rank < 1:
-            raise RecipeError(f"adapter rank must be at least 1, got {self.rank}")
+        super().check()
         if self.decompose_factor != -1 and self.decompose_factor < 1:
             raise RecipeError(f"adapter decompose_factor is a divisor, or -1 for balanced, got {self.decompose_factor}")
 
@@ -109,6 +112,7 @@ class LoKr(AdapterPart):
         layer = target.layer
         kernel = layer.stored[0, 0].numel() if isinstance(layer, Conv2dLayer) else 1
         (m, p), (n, q) = (sides(d, self.decompose_factor) for d in (layer.out_features, layer.in_features // kernel))
-        low = self.decompose_both and self.rank < max(m, n) / 2, self.rank < max(p, q) / 2
+        rank, scale = self.rank_of(target.name), self.scale_of(target.name)
+        low = self.decompose_both and rank < max(m, n) / 2, rank < max(p, q) / 2
         dtype = adapter_dtype(self.dtype, layer)
-        return LoKrAdapter(layer, ((m, n), (p, q * kernel)), low, self.rank, self.alpha / self.rank, self.zero, dtype)
+        return LoKrAdapter(layer, ((m, n), (p, q * kernel)), low, rank, scale, self.zero, dtype)

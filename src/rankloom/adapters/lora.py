@@ -5,20 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from rankloom.adapters.base import AdapterPart, Dtype, adapter_dtype
 from rankloom.adapters.factored import FactoredAdapter
-from rankloom.errors import RecipeError, TargetError, near_names
+from rankloom.adapters.patterned import last_match, require_matches
+from rankloom.errors import RecipeError, TargetError
 from rankloom.parts import part
-from rankloom.targets import Layer, LinearLayer, Target, matches
+from rankloom.targets import Layer, LinearLayer, Target
 
-__all__ = ["SCALINGS", "LoRA", "LowRankAdapter", "Rank", "last_match"]
+__all__ = ["SCALINGS", "LoRA", "LowRankAdapter", "Rank"]
 
-T = TypeVar("T")
 Scaling = Literal["standard", "rslora", "triplet", "constant"]
 Rank = int | Literal["full"]
 Core = Literal["identity", "diagonal", "square"]
@@ -276,12 +276,7 @@ class LoRA(AdapterPart):
         return SCALINGS[self.scaling](self.alpha_of(target.name), self.rank_on(target))
 
     def check_on(self, targets: list[Target]) -> None:
-        names = [target.name for target in targets]
-        for pattern in (*self.rank_pattern, *self.alpha_pattern):
-            if not any(_matches(pattern, name) for name in names):
-                raise TargetError(
-                    f"adapter pattern {pattern!r} matches none of the targets{near_names(pattern, names)}"
-                )
+        require_matches((*self.rank_pattern, *self.alpha_pattern), targets)
         for target in targets:
             rank, limit = self.rank_on(target), min(target.shape)
             if rank > limit:
@@ -309,14 +304,3 @@ class LoRA(AdapterPart):
             "dtype": dtype,
             "fold": self.fold,
         }
-
-
-def last_match(patterns: dict[str, T], name: str, default: T) -> T:
-    """The value of the last pattern that matches a target's name."""
-    found = [value for pattern, value in patterns.items() if _matches(pattern, name)]
-    return found[-1] if found else default
-
-
-def _matches(pattern: str, name: str) -> bool:
-    """A pattern for a fused module holds for its slices too."""
-    return matches(pattern, name) or matches(pattern, name.partition("[")[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,17 @@ from torch.utils.checkpoint import checkpoint
 from rankloom.adapters.base import Dtype, adapter_dtype
 from rankloom.adapters.factored import dropout
 from rankloom.adapters.materialized import MaterializedAdapter
-from rankloom.adapters.seeded import BankedPart, SeededAdapter, require_dropout, require_rank
+from rankloom.adapters.seeded import (
+    BankedPart,
+    Basis,
+    SeededAdapter,
+    require_dropout,
+    require_rank,
+    require_seed,
+    stored_banks,
+)
 from rankloom.errors import RecipeError
-from rankloom.kernels.bank import Bank, Entries
+from rankloom.kernels.bank import Bank, Entries, StoredBank
 from rankloom.kernels.scaled import scaled_bases
 from rankloom.parts import part
 from rankloom.targets import Conv1DLayer, Layer, LinearLayer, Target
@@ -43,7 +51,7 @@ class RandLoRAAdapter(MaterializedAdapter, SeededAdapter):
         scale: float,
         dropout: float,
         order: Order,
-        banks: tuple[Bank, ...],
+        banks: tuple[Bank | StoredBank, ...],
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
@@ -55,10 +63,11 @@ class RandLoRAAdapter(MaterializedAdapter, SeededAdapter):
         n = math.ceil(d / rank)
         self.lam = nn.Parameter(torch.zeros(rank, n, dtype=dtype, device=layer.device))
         self.gam = nn.Parameter(torch.zeros(n, d, dtype=dtype, device=layer.device))
-        self.prove(self.small.digest(rank, d), self.large.digest(n * rank, width), device=layer.device)
+        self.prove_corners((self.small, rank, d), (self.large, n * rank, width), device=layer.device)
 
     def reset(self, base: Layer, generator: torch.Generator) -> None:
         """``lam = 0`` and ``gam = 1 / max(n, d)``."""
+        require_seed(self.small, self.large)
         nn.init.zeros_(self.lam)
         nn.init.constant_(self.gam, 1 / max(self.gam.shape))
 
@@ -102,7 +111,8 @@ class RandLoRA(BankedPart):
 
     ``rank(delta) = d = min(out, in)``. One ``A`` serves all terms, and all layers share the banks, from ``seed``: entries are
     uniform, or, for a ``density`` below 1, that share of them +1 or -1 and the rest zero (the paper's sparse variant has 1 / 3,
-    its very sparse one ``1 / sqrt d``), of variance 1 in every case. ``order="peft"`` pairs the rows of the scaled ``A`` with the
+    its very sparse one ``1 / sqrt d``), of variance 1 in every case. ``basis="stored"``: the banks are in the adapter's file
+    instead, as where it was PEFT's. ``order="peft"`` pairs the rows of the scaled ``A`` with the
     columns of ``B`` as PEFT does, by component first, where the equation has them by term; ``scale`` is PEFT's ``alpha / r``.
     Parameters per target: ``n (r + d)``: the smaller the rank, the more.
 
@@ -116,6 +126,7 @@ class RandLoRA(BankedPart):
     density: float = 1.0
     order: Order = "matched"
     seed: int = 0
+    basis: Basis = "seeded"
     dropout: float = 0.0
     dtype: Dtype = "auto"
 
@@ -129,16 +140,18 @@ class RandLoRA(BankedPart):
     def check_on(self, targets: list[Target]) -> None:
         require_rank(self.rank, targets)
 
-    def banks(self, targets: list[Target]) -> tuple[Bank, ...]:
+    def banks(self, targets: list[Target]) -> tuple[Bank | StoredBank, ...]:
         d = max(min(target.shape) for target in targets)
         width = max(max(target.shape) for target in targets)
         rows = self.rank * math.ceil(d / self.rank)
+        if self.basis == "stored":
+            return stored_banks(self.dtype, targets, (self.rank, d), (rows, width))
         entries: Entries = "uniform" if self.density == 1 else "ternary"
         return (
             Bank(self.seed, "randlora.A", self.rank, d, entries, density=self.density),
             Bank(self.seed, "randlora.B", rows, width, entries, density=self.density),
         )
 
-    def on_banks(self, target: Target, banks: tuple[Bank, ...]) -> RandLoRAAdapter:
+    def on_banks(self, target: Target, banks: tuple[Any, ...]) -> RandLoRAAdapter:
         dtype = adapter_dtype(self.dtype, target.layer)
         return RandLoRAAdapter(target.layer, self.rank, self.scale, self.dropout, self.order, banks, dtype)

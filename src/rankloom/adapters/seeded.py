@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from functools import reduce
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rankloom.adapters.base import Adapter, AdapterPart
+from rankloom.adapters.base import Adapter, AdapterPart, Dtype, adapter_dtype
 from rankloom.errors import ArtifactError, RecipeError, TargetError
-from rankloom.kernels.bank import Bank
+from rankloom.kernels.bank import Bank, StoredBank
 from rankloom.kernels.generated import digest
 from rankloom.targets import Target
 
-__all__ = ["BankedPart", "SeededAdapter", "require_dropout", "require_rank", "require_room"]
+__all__ = [
+    "BankedPart",
+    "Basis",
+    "SeededAdapter",
+    "require_dropout",
+    "require_rank",
+    "require_room",
+    "require_seed",
+    "stored_banks",
+]
+
+Basis = Literal["seeded", "stored"]  # where frozen tensors come from: the seed, or the adapter's file
 
 
 class SeededAdapter(Adapter):
-    """An adapter whose state holds the ``digest`` of its regenerated tensors in place of the tensors."""
+    """An adapter whose state holds the ``digest`` of its regenerated tensors in place of the tensors.
+
+    Where the tensors come from a file (:class:`StoredBank`), there is nothing to prove and no digest.
+    """
 
     seeded: ClassVar[bool] = True
     digest: Tensor
@@ -27,8 +42,14 @@ class SeededAdapter(Adapter):
         """Keep the hash of the frozen tensors, or of their hashes."""
         self.register_buffer("digest", digest(*tensors).to(device))
 
+    def prove_corners(self, *corners: tuple[Bank | StoredBank, int, int], device: torch.device) -> None:
+        """:meth:`prove` for corners (bank, rows, columns) of generated banks."""
+        made = [bank.digest(rows, columns) for bank, rows, columns in corners if isinstance(bank, Bank)]
+        if made:
+            self.prove(*made, device=device)
+
     def check_state(self, state: Mapping[str, Tensor]) -> None:
-        if not torch.equal(state["digest"].cpu(), self.digest.cpu()):
+        if "digest" in state and not torch.equal(state["digest"].cpu(), self.digest.cpu()):
             raise ArtifactError(
                 "the adapter was trained on other random tensors than its seed gives here: load it with the rankloom "
                 "version that wrote it (see its manifest), and export(format='merged') there to move on"
@@ -42,17 +63,20 @@ class BankedPart(AdapterPart):
     def offers(self) -> frozenset[str]:
         return frozenset({"own start"})
 
-    def banks(self, targets: list[Target]) -> tuple[Bank, ...]:
+    def banks(self, targets: list[Target]) -> tuple[Bank | StoredBank, ...]:
         """Banks large enough for every target."""
         raise NotImplementedError
 
-    def on_banks(self, target: Target, banks: tuple[Bank, ...]) -> Adapter:
+    def on_banks(self, target: Target, banks: tuple[Any, ...]) -> Adapter:
         """A target's adapter."""
         raise NotImplementedError
 
     def build_all(self, targets: list[Target]) -> list[Adapter]:
         banks = self.banks(targets) if targets else ()
-        return [self.on_banks(target, banks) for target in targets]
+        adapters = [self.on_banks(target, banks) for target in targets]
+        if stored := [bank.state for bank in banks if isinstance(bank, StoredBank)]:
+            adapters[0].stored = nn.ModuleList(stored)  # in the model's state once, for all layers
+        return adapters
 
     def build(self, target: Target) -> Adapter:
         return self.build_all([target])[0]
@@ -83,3 +107,17 @@ def require_room(coefficients: int, targets: list[Target]) -> None:
                 f"{coefficients} coefficients are more than the {entries} entries of {target.name} {target.shape}: lower "
                 f"adapter.coefficients or targets.exclude it"
             )
+
+
+def stored_banks(dtype: Dtype, targets: list[Target], *shapes: tuple[int, int]) -> tuple[StoredBank, ...]:
+    """Banks (rows, columns) for a file to fill, as precise as the most precise target's adapter."""
+    wide = reduce(torch.promote_types, (adapter_dtype(dtype, target.layer) for target in targets))
+    return tuple(StoredBank(*shape, wide, targets[0].layer.device) for shape in shapes)
+
+
+def require_seed(*banks: Bank | StoredBank) -> None:
+    """Raise :class:`RecipeError` where a form would start on tensors that only a file has."""
+    if any(isinstance(bank, StoredBank) for bank in banks):
+        raise RecipeError(
+            "adapter.basis='stored' takes its random tensors from a saved adapter: load one, or set adapter.basis='seeded'"
+        )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rankloom.adapters.base import AdapterPart, Dtype, adapter_dtype
 from rankloom.adapters.kronecker import KroneckerAdapter
-from rankloom.adapters.lora import last_match
+from rankloom.adapters.patterned import last_match
 from rankloom.errors import RecipeError, TargetError
 from rankloom.kernels import Terms
 from rankloom.linalg import balanced_sides

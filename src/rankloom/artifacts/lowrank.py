@@ -13,7 +13,7 @@ from rankloom.artifacts.merge import wide_delta
 from rankloom.linalg import randomized_svd
 from rankloom.targets import Layer
 
-__all__ = ["Cut", "Factors", "compact", "factorised", "overall_error", "padded", "product_norm"]
+__all__ = ["Cut", "Factors", "Held", "compact", "factorised", "overall_error", "padded", "product_norm"]
 
 _EXACT_SVD_UP_TO = 2048  # the smaller side; above it a randomised SVD of the wanted rank is as good and far cheaper
 
@@ -61,7 +61,20 @@ class Factors:
         return self.scale * self.B.double() @ self.A.double()
 
 
-def overall_error(entries: Sequence[Factors]) -> float:
+@dataclass(frozen=True)
+class Held:
+    """The update of one module in a form of its own: nothing is factorised, nothing lost. ``rank`` is the form's setting."""
+
+    name: str
+    layer: Layer
+    rank: int | None
+    exact: bool = True
+    norm: float = 0.0
+    lost: float = 0.0
+    error: float = 0.0
+
+
+def overall_error(entries: Sequence[Factors | Held]) -> float:
     """Relative error of all updates together."""
     norm = sum(e.norm**2 for e in entries) ** 0.5
     return sum(e.lost**2 for e in entries) ** 0.5 / norm if norm else 0.0

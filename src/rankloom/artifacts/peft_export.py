@@ -17,6 +17,8 @@ from rankloom.artifacts.lowrank import Cut, Factors, overall_error
 from rankloom.artifacts.merge import Drift, fold, measured, merged_weights
 from rankloom.artifacts.peft_format import CARD, CONFIG, PREFIX, REPORT, WEIGHTS, model_card, target_patterns, task_type
 from rankloom.artifacts.peft_forms import PeftForm, native_kind, peft_form
+from rankloom.artifacts.peft_kinds import KINDS
+from rankloom.artifacts.peft_native import held_form, obstacle
 from rankloom.artifacts.probe import outputs
 from rankloom.artifacts.store import versions
 from rankloom.artifacts.whole import Whole, whole_entries
@@ -40,11 +42,12 @@ def export_peft(
 ) -> dict[str, Any]:
     """Write ``adapter_config.json``, ``adapter_model.safetensors``, a model card and ``rankloom_export.json``.
 
-    ``form="auto"`` writes PEFT's LoRA, rsLoRA, DoRA or AdaLoRA where the adapter is one, with per-module ranks and alphas;
-    anything else becomes plain LoRA. ``form="lora"`` always writes the form that every reader takes (vLLM, SGLang,
-    llama.cpp): one rank (padded with zeros), one alpha, no patterns, no magnitude. Updates that have no low rank are cut
-    to the best approximation, and the report has the relative error of every module, of all together, and the drift of
-    the logits.
+    ``form="auto"`` writes PEFT's LoRA, rsLoRA, DoRA or AdaLoRA where the adapter is one, with per-module ranks and alphas,
+    and its LoHa, LoKr, MiSS (BAT), FourierFT, VeRA or RandLoRA where PEFT computes the form alike, frozen projections
+    included; anything else becomes plain LoRA, and the report has the ``reason``. ``form="lora"`` always writes the form that
+    every reader takes (vLLM, SGLang, llama.cpp): one rank (padded with zeros), one alpha, no patterns, no magnitude. Updates
+    that have no low rank are cut to the best approximation, and the report has the relative error of every module, of all
+    together, and the drift of the logits.
 
     Args:
         handle: the adaptation.
@@ -78,13 +81,18 @@ def export_peft(
 def _made(
     handle: Handle, form: str, cut: Cut, base_model: str | None, probe: Any
 ) -> tuple[PeftForm, dict[str, Any], str]:
-    kind = "plain" if form == "lora" or cut.rank is not None else native_kind(handle.bindings)
-    made = peft_form(kind, handle, cut)
+    plain, known = form == "lora" or cut.rank is not None, handle.recipe.adapter.kind in KINDS
+    reason = obstacle(handle) if known and not plain else None
+    if known and not plain and reason is None:
+        made = held_form(handle)
+    else:
+        _refuse_convolutions(handle.bindings)
+        made = peft_form("plain" if plain else native_kind(handle.bindings), handle, cut)
     name = base_model if base_model is not None else handle.fingerprint().name
     whole = whole_entries(handle, {entry.name for entry in made.entries})
     made.tensors.update({PREFIX + key: tensor for key, tensor in whole.tensors.items()})
     made.config = {**_config(handle, made, whole, name), **made.config}
-    return made, _report(handle, made, whole, probe), name
+    return made, {**_report(handle, made, whole, probe), "reason": reason}, name
 
 
 def _refuse_unsupported(bindings: list[Binding]) -> None:
@@ -101,27 +109,32 @@ def _refuse_unsupported(bindings: list[Binding]) -> None:
             raise ArtifactError(
                 f"PEFT cannot adapt {binding.name} ({type(layer.module).__name__}): export merged instead"
             )
-        if isinstance(layer, Conv2dLayer):
-            conv: Any = layer.module
-            if conv.groups > 1 or conv.dilation not in (1, (1, 1)) or conv.padding_mode != "zeros":
-                raise ArtifactError(
-                    f"PEFT's LoRA drops groups, dilation and padding modes of a convolution, as {binding.name} has: leave it "
-                    f"out of targets, or export(format='merged')"
-                )
+
+
+def _refuse_convolutions(bindings: list[Binding]) -> None:
+    """Raise :class:`ArtifactError` for those that PEFT's LoRA would compute otherwise."""
+    for binding in bindings:
+        conv: Any = binding.layer.module
+        if isinstance(binding.layer, Conv2dLayer) and (
+            conv.groups > 1 or conv.dilation not in (1, (1, 1)) or conv.padding_mode != "zeros"
+        ):
+            raise ArtifactError(
+                f"PEFT's LoRA drops groups, dilation and padding modes of a convolution, as {binding.name} has: leave it out of "
+                f"targets, or export(format='merged')"
+            )
 
 
 def _config(handle: Handle, made: PeftForm, whole: Whole, base: str) -> dict[str, Any]:
     names = [entry.name for entry in made.entries]
+    # Only LoRA's kinds need the setting to load biases: PEFT's other forms take them with the rest.
+    biases = {} if made.kind in KINDS else {"bias": "lora_only" if whole.biases else "none"}
     return {
         "base_model_name_or_path": base or None,
         "task_type": task_type(handle.model, whole.modules),
         "inference_mode": True,
-        "init_lora_weights": True,
         "target_modules": target_patterns(names, handle.model),
         "modules_to_save": list(whole.modules) or None,
-        "bias": "lora_only" if whole.biases else "none",
-        "fan_in_fan_out": any(isinstance(entry.layer, Conv1DLayer) for entry in made.entries),
-        "lora_dropout": float(getattr(handle.recipe.adapter, "dropout", 0.0)),
+        **biases,
     }
 
 
@@ -132,11 +145,11 @@ def _report(handle: Handle, made: PeftForm, whole: Whole, probe: Any) -> dict[st
         "form": made.kind,
         "exact": exact,
         "relative_error": overall_error(made.entries),
-        "rank": max(entry.rank for entry in made.entries),
+        "rank": max((entry.rank for entry in made.entries if entry.rank), default=None),
         "targets": {e.name: {"rank": e.rank, "relative_error": e.error, "exact": e.exact} for e in made.entries},
         "modules_to_save": list(whole.modules),
         "loaded_in_place": list(whole.in_place),
-        "drift": None if exact else _drift(handle, made.entries, probe),
+        "drift": None if exact else _drift(handle, [e for e in made.entries if isinstance(e, Factors)], probe),
     }
 
 

@@ -63,8 +63,16 @@ def task_type(model: nn.Module, saved: Collection[str]) -> str | None:
 
 def model_card(base: str | None, what: str, report: Mapping[str, Any]) -> str:
     """A short model card with the metadata that hubs read."""
-    header = ["---", *([f"base_model: {base}"] if base else []), "library_name: peft", "tags:", "- lora", "- rankloom"]
-    error = float(report["relative_error"])
+    form = report["form"] if report["form"] not in ("dora", "adalora") else "lora"
+    header = [
+        "---",
+        *([f"base_model: {base}"] if base else []),
+        "library_name: peft",
+        "tags:",
+        f"- {form}",
+        "- rankloom",
+    ]
+    error, rank = float(report["relative_error"]), report["rank"]
     quality = "exact" if report["exact"] else f"best low-rank approximation, relative error {error:.2e}"
     lines = [
         *header,
@@ -72,7 +80,7 @@ def model_card(base: str | None, what: str, report: Mapping[str, Any]) -> str:
         "",
         f"# {what}",
         "",
-        f"{len(report['targets'])} adapted modules, rank up to {report['rank']}, {quality}.",
+        f"{len(report['targets'])} adapted modules" + (f", rank up to {rank}" if rank else "") + f", {quality}.",
         "Written by rankloom; `rankloom_export.json` has the recipe and the measured error of every module.",
         "",
         "```python",

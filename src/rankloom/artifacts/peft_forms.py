@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from rankloom.adapters import Binding, ChainAdapter, DoRAAdapter, LowRankAdapter
 from rankloom.artifacts.handle import Handle, by_module
-from rankloom.artifacts.lowrank import Cut, Factors, compact, factorised, padded, product_norm
+from rankloom.artifacts.lowrank import Cut, Factors, Held, compact, factorised, padded, product_norm
 from rankloom.artifacts.peft_format import PREFIX, pattern_keys
 from rankloom.targets import Conv1DLayer, Conv2dLayer, EmbeddingLayer, LinearLayer
 
@@ -25,8 +26,8 @@ Kind = Literal["lora", "dora", "adalora", "plain"]
 class PeftForm:
     """One adapter for PEFT: what kind, which factors, the settings and tensors that hold them."""
 
-    kind: Kind
-    entries: list[Factors]
+    kind: str
+    entries: Sequence[Factors | Held]
     config: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
@@ -61,7 +62,7 @@ def _lora(handle: Handle, cut: Cut) -> PeftForm:
             entries.append(Factors(name, group[0].layer, a, b, adapter.scale, alpha, norm=norm))
         else:
             entries.append(factorised(name, group, cut))
-    return _with_factors(PeftForm("lora", _live(entries)), handle)
+    return _with_factors("lora", _live(entries), handle)
 
 
 def _dora(handle: Handle, cut: Cut) -> PeftForm:
@@ -85,13 +86,13 @@ def _dora(handle: Handle, cut: Cut) -> PeftForm:
         scale, alpha = (adapter.scale, _alpha(handle, adapter.scale, rank)) if len(group) == 1 else (1.0, None)
         made = Factors(name, layer, torch.cat(a), torch.cat(b, 1), scale, alpha, magnitude.to(adapter.m.dtype))
         entries.append(made if made.rank else padded(made, 1))  # the magnitude counts even without a low-rank part
-    return _with_factors(PeftForm("dora", entries), handle)
+    return _with_factors("dora", entries, handle)
 
 
 def _plain(handle: Handle, cut: Cut) -> PeftForm:
     entries = _live([factorised(name, group, cut) for name, group in by_module(handle.bindings).items()])
     rank = max(entry.rank for entry in entries)
-    return _with_factors(PeftForm("lora", [padded(entry, rank) for entry in entries]), handle)
+    return _with_factors("lora", [padded(entry, rank) for entry in entries], handle)
 
 
 def _live(entries: list[Factors]) -> list[Factors]:
@@ -110,29 +111,37 @@ def _tidy(alpha: float) -> float:
     return float(round(alpha)) if abs(alpha - round(alpha)) < 1e-12 * max(1.0, abs(alpha)) else alpha
 
 
-def _with_factors(made: PeftForm, handle: Handle) -> PeftForm:
+def _with_factors(kind: Kind, entries: list[Factors], handle: Handle) -> PeftForm:
     """Tensors and the rank and alpha settings of LoRA and DoRA."""
-    rslora = getattr(handle.recipe.adapter, "scaling", None) == "rslora" and any(
-        e.alpha is not None for e in made.entries
-    )
+    made = PeftForm(kind, entries, _lora_settings(handle, entries))
+    rslora = getattr(handle.recipe.adapter, "scaling", None) == "rslora" and any(e.alpha is not None for e in entries)
     alphas = {}
-    for entry in made.entries:
+    for entry in entries:
         for key, tensor in _tensors_of(entry).items():
             made.tensors[f"{PREFIX}{entry.name}.{key}"] = tensor
         unit = entry.rank**0.5 if rslora else float(entry.rank)
         alphas[entry.name] = entry.alpha if entry.alpha is not None else unit
-    ranks = {entry.name: entry.rank for entry in made.entries}
+    ranks = {entry.name: entry.rank for entry in entries}
     rank, alpha = (Counter(found.values()).most_common(1)[0][0] for found in (ranks, alphas))
-    made.config = {
+    made.config |= {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "rank_pattern": pattern_keys({n: r for n, r in ranks.items() if r != rank}, ranks),
         "alpha_pattern": pattern_keys({n: a for n, a in alphas.items() if a != alpha}, ranks),
         "use_rslora": rslora,
-        "use_dora": made.kind == "dora",
+        "use_dora": kind == "dora",
     }
     return made
+
+
+def _lora_settings(handle: Handle, entries: list[Factors]) -> dict[str, Any]:
+    """What PEFT's LoRA, DoRA and AdaLoRA have in common."""
+    return {
+        "init_lora_weights": True,
+        "fan_in_fan_out": any(isinstance(entry.layer, Conv1DLayer) for entry in entries),
+        "lora_dropout": float(getattr(handle.recipe.adapter, "dropout", 0.0)),
+    }
 
 
 def _tensors_of(entry: Factors) -> dict[str, Tensor]:
@@ -150,7 +159,9 @@ def _adalora(handle: Handle, cut: Cut) -> PeftForm:
     """Masked components leave the file; ``rank_pattern`` says which of the initial ranks they were."""
     first = max(binding.adapter.rank for binding in handle.bindings)
     scale = Counter(binding.adapter.scale for binding in handle.bindings).most_common(1)[0][0]
-    made, patterns = PeftForm("adalora", []), {}
+    entries: list[Factors] = []
+    tensors: dict[str, Tensor] = {}
+    patterns = {}
     for binding in handle.bindings:
         adapter: LowRankAdapter = binding.adapter
         assert adapter.E is not None
@@ -160,19 +171,20 @@ def _adalora(handle: Handle, cut: Cut) -> PeftForm:
         a, b = adapter.A.detach()[live], adapter.B.detach()[:, live]
         core = adapter.E.detach()[live] * (adapter.scale / scale)
         norm = scale * product_norm(b, core[:, None] * a)
-        made.entries.append(Factors(binding.name, binding.layer, a, b, scale, norm=norm))
-        tensors = {"lora_A": a, "lora_B": b, "lora_E": core[:, None]}
-        made.tensors.update({f"{PREFIX}{binding.name}.{key}": tensor for key, tensor in tensors.items()})
+        entries.append(Factors(binding.name, binding.layer, a, b, scale, norm=norm))
+        parts = {"lora_A": a, "lora_B": b, "lora_E": core[:, None]}
+        tensors |= {f"{PREFIX}{binding.name}.{key}": tensor for key, tensor in parts.items()}
         if len(core) != first:
             patterns[f"{binding.name}.lora_E"] = [*live.tolist(), *[False] * (first - len(live))]
-    if not made.entries:
+    if not entries:
         return _lora(handle, cut)
-    made.config = {
+    config = {
+        **_lora_settings(handle, entries),
         "peft_type": "ADALORA",
         "init_r": first,
-        "target_r": max(1, round(sum(e.rank for e in made.entries) / len(handle.bindings))),
+        "target_r": max(1, round(sum(e.rank for e in entries) / len(handle.bindings))),
         "lora_alpha": _tidy(scale * (first + 1e-5)),  # PEFT divides by the initial rank + 1e-5, whatever is left of it
         "rank_pattern": patterns or None,
         "total_step": 1,  # PEFT insists on one; the allocation is over
     }
-    return made
+    return PeftForm("adalora", entries, config, tensors)

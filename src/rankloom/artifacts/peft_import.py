@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from rankloom.adapters import DoRA, LoRA
 from rankloom.artifacts.files import read_json, read_tensors
 from rankloom.artifacts.identity import Fingerprint
-from rankloom.artifacts.peft_format import CONFIG, PREFIX, REPORT, WEIGHTS, matching, of_pattern
-from rankloom.artifacts.peft_kronecker import KINDS, READ, kronecker_recipe
+from rankloom.artifacts.peft_format import CONFIG, PREFIX, REPORT, WEIGHTS, of_pattern
+from rankloom.artifacts.peft_kinds import KINDS, of_type
+from rankloom.artifacts.peft_read import form_recipe
 from rankloom.artifacts.store import Stored
-from rankloom.artifacts.targeting import targets_for
+from rankloom.artifacts.targeting import require_targeted, targets_for
 from rankloom.artifacts.whole import whole_tensors
 from rankloom.errors import ArtifactError, near_names
 from rankloom.recipe import Recipe
@@ -28,19 +29,10 @@ __all__ = ["import_peft"]
 
 _PARTS = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<part>A|B|E|magnitude_vector)(?:\.weight)?")
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # starts that leave the base weight alone
+_SHARED = frozenset(("peft_type", "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform"))
 _READ = frozenset(
-    (
-        "peft_type",
-        "r",
-        "init_r",
-        "lora_alpha",
-        "rank_pattern",
-        "alpha_pattern",
-        "use_rslora",
-        "use_dora",
-        "lora_dropout",
-    )
-    + ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "init_lora_weights")
+    ("r", "init_r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights")
+    + ("use_rslora", "use_dora", "lora_dropout")
 )
 _IRRELEVANT = frozenset(  # to what the adapter computes
     ("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version", "bias")
@@ -60,15 +52,17 @@ class _Module:
 
 
 def import_peft(folder: Path, model: nn.Module) -> Stored:
-    """Read LoRA, rsLoRA, DoRA, AdaLoRA, LoKr or LoHa as PEFT wrote it.
+    """Read LoRA, rsLoRA, DoRA, AdaLoRA, LoKr, LoHa, MiSS, BAT, FourierFT, VeRA or RandLoRA as PEFT wrote it.
 
     Raises:
         ArtifactError: a method or setting we cannot represent, tensors missing, unknown or of another shape, a pickle.
     """
     config, tensors = read_json(folder / CONFIG), read_tensors(folder / WEIGHTS)
     _refuse_settings(folder, config)
-    if config["peft_type"] in KINDS:
-        return _kronecker(folder, config, tensors, model)
+    if of_type(config["peft_type"]):
+        report, versions = _origin(config)
+        stored = form_recipe(folder, config, tensors, model)
+        return replace(stored, fingerprint=_recorded_base(folder), report=report, versions=versions)
     adapted, rest = _sorted_out(folder, config, tensors, model)
     _require_complete(folder, config, adapted, model)
     for name, module in adapted.items():
@@ -86,33 +80,26 @@ def import_peft(folder: Path, model: nn.Module) -> Stored:
     return Stored(recipe, own, _recorded_base(folder), *_origin(config))
 
 
-def _kronecker(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module) -> Stored:
-    stored = kronecker_recipe(folder, config, tensors, model)
-    adapted = {name.rpartition(".")[0] for name in stored.tensors if not name.startswith("whole.")}
-    _require_targeted(folder, config, adapted, model)
-    report, versions = _origin(config)
-    return replace(stored, fingerprint=_recorded_base(folder), report=report, versions=versions)
-
-
 def _origin(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     report = {"imported": "peft", "peft_type": config["peft_type"], "base_model": config.get("base_model_name_or_path")}
     return report, {"peft": str(config.get("peft_version"))}
 
 
 def _refuse_settings(folder: Path, config: Mapping[str, Any]) -> None:
-    where, kind = folder / CONFIG, config.get("peft_type")
-    if kind not in ("LORA", "ADALORA", *KINDS):
+    where, name = folder / CONFIG, str(config.get("peft_type"))
+    known = ["LORA", "ADALORA", *dict.fromkeys(kind.peft_type for kind in KINDS.values())]
+    if name not in known:
         raise ArtifactError(
-            f"{where} holds the PEFT type {kind}, rankloom loads LORA, ADALORA, LOKR and LOHA: merge it with peft's "
-            f"merge_and_unload() and start from the merged model"
+            f"{where} holds the PEFT type {name}, rankloom loads {', '.join(known)}: merge it with peft's merge_and_unload() and "
+            f"start from the merged model"
         )
     if (start := config.get("init_lora_weights", True)) not in _PLAIN_STARTS and not str(start).isdigit():
         raise ArtifactError(
             f"{where} was started by {start!r}, which changes the base weights: convert it in peft first, "
             f"save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
-    read = READ if kind in KINDS else _READ
-    unknown = sorted(key for key, value in config.items() if value and key not in read | _IRRELEVANT)
+    read = frozenset(kinds[0].reads.split()) if (kinds := of_type(name)) else _READ
+    unknown = sorted(key for key, value in config.items() if value and key not in _SHARED | read | _IRRELEVANT)
     if unknown:
         raise ArtifactError(
             f"{where} sets {', '.join(unknown)}, which rankloom does not have: set it to null if the adapter works without, "
@@ -161,24 +148,7 @@ def _require_complete(
             raise ArtifactError(
                 f"{folder / WEIGHTS}: {name} lacks or does not expect {odd}: save the adapter again in peft"
             )
-    _require_targeted(folder, config, adapted, model)
-
-
-def _require_targeted(folder: Path, config: Mapping[str, Any], adapted: Collection[str], model: nn.Module) -> None:
-    """Every module the configuration targets is there."""
-    targets = config.get("target_modules")
-    if not targets or targets == "all-linear" or config.get("layers_to_transform") is not None:
-        return
-    layers = [name for name, module in model.named_modules() if name and layer_of(module) is not None]
-    saved = config.get("modules_to_save") or []
-    excluded = set(matching(config["exclude_modules"], layers)) if config.get("exclude_modules") else set()
-    excluded |= {name for name in layers if any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in saved)}
-    wanted = [name for name in matching(targets, layers) if name not in excluded]
-    if missing := [name for name in wanted if name not in adapted]:
-        raise ArtifactError(
-            f"{len(missing)} of {len(wanted)} modules that {CONFIG} targets have no tensors in {folder / WEIGHTS} (as "
-            f"{missing[0]}): they would silently stay unadapted; use the base model it was made on, or save it again"
-        )
+    require_targeted(folder, config, adapted, model)
 
 
 def _check_shapes(name: str, module: _Module, config: Mapping[str, Any]) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from rankloom.artifacts.peft_format import target_patterns
-from rankloom.errors import TargetError
-from rankloom.targets import Targets, exact_pattern, find_targets, whole_parameters
+from rankloom.artifacts.peft_format import CONFIG, WEIGHTS, matching, target_patterns
+from rankloom.errors import ArtifactError, TargetError
+from rankloom.targets import Targets, exact_pattern, find_targets, layer_of, whole_parameters
 
-__all__ = ["targets_for"]
+__all__ = ["require_targeted", "targets_for"]
 
 
 def targets_for(adapted: Collection[str], whole: Collection[str], model: nn.Module) -> Targets:
@@ -46,3 +49,20 @@ def _selects(settings: Targets, adapted: Collection[str], whole: Collection[str]
     except TargetError:
         return False
     return {t.name for t in targets} == set(adapted) and whole_parameters(model, settings, targets).keys() == set(whole)
+
+
+def require_targeted(folder: Path, config: Mapping[str, Any], adapted: Collection[str], model: nn.Module) -> None:
+    """Raise :class:`ArtifactError` unless every module that a PEFT configuration targets has tensors in its file."""
+    targets = config.get("target_modules")
+    if not targets or targets == "all-linear" or config.get("layers_to_transform") is not None:
+        return
+    layers = [name for name, module in model.named_modules() if name and layer_of(module) is not None]
+    saved = config.get("modules_to_save") or []
+    excluded = set(matching(config["exclude_modules"], layers)) if config.get("exclude_modules") else set()
+    excluded |= {name for name in layers if any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in saved)}
+    wanted = [name for name in matching(targets, layers) if name not in excluded]
+    if missing := [name for name in wanted if name not in adapted]:
+        raise ArtifactError(
+            f"{len(missing)} of {len(wanted)} modules that {CONFIG} targets have no tensors in {folder / WEIGHTS} (as "
+            f"{missing[0]}): they would silently stay unadapted; use the base model it was made on, or save it again"
+        )

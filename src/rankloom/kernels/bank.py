@@ -1,4 +1,4 @@
-"""Banks of frozen random rows that the layers of a model share: regenerated from a seed, never stored."""
+"""Banks of frozen random rows that the layers of a model share: regenerated from a seed, or as a file gave them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankloom.kernels.generated import digest, normal, signs, uniform
 
-__all__ = ["Bank", "Entries"]
+__all__ = ["Bank", "Entries", "StoredBank"]
 
 Entries = Literal["uniform", "normal", "ternary"]
 
@@ -83,3 +83,19 @@ class Bank:
         step = max(1, PIECE // columns)
         for start in range(0, rows, step):
             yield digest(torch.stack([self.row(i, columns) for i in range(start, min(start + step, rows))]))
+
+
+class StoredBank:
+    """A bank (rows, columns) of numbers that no seed gives back: zeros until a file fills ``state``, a module of one buffer.
+
+    One adapter of the model takes ``state`` for its own, so that it is saved once and moves with the model; all read it here.
+    """
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.shape = rows, columns
+        self.state = nn.Module()
+        self.state.register_buffer("rows", torch.zeros(rows, columns, dtype=dtype, device=device))
+
+    def corner(self, rows: int, columns: int, like: Tensor) -> Tensor:
+        """The first rows and columns, on the device and in the dtype of another tensor."""
+        return self.state.get_buffer("rows")[:rows, :columns].to(like)
