@@ -54,7 +54,7 @@ class SaRAAdapter(MaterializedAdapter):
         with torch.no_grad():
             self.values.zero_()
 
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         return (torch.where(self.live, self.values, self.values.detach()),)
 
     def rows(self, weight: Tensor | None, span: slice, *tensors: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class SNELLAdapter(MaterializedAdapter):
         for name, parameter in self.named_parameters() if self.sparsify == "code" else ():
             self.get_buffer(f"{name}0").copy_(parameter)
 
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         now = self._decided(*self.parameters())
         if self.sparsify != "code":
             return now
