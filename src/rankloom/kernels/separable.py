@@ -11,6 +11,8 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["separable_sum"]
 
+CHUNK = 1 << 17  # numbers of gathered rows at a time
+
 
 class _SeparableSum(torch.autograd.Function):
     """The terms of one wave on the shorter side are added up on the longer one; one product is left, with the waves in use."""
@@ -56,8 +58,10 @@ def _ordered(left: Tensor, right: Tensor, swapped: bool) -> tuple[Tensor, Tensor
 
 
 def _dots(a: Tensor, i: Tensor, b: Tensor, j: Tensor) -> Tensor:
-    """``<a[i_k], b[j_k]>`` (n,)."""
-    return (a.index_select(0, i) * b.index_select(0, j)).sum(1)
+    """``<a[i_k], b[j_k]>`` (n,), some at a time: the rows' copies stay in the caches."""
+    some = max(1, CHUNK // max(a.shape[1], 1))
+    pairs = zip(i.split(some), j.split(some), strict=True)
+    return torch.cat([a.index_select(0, first).mul_(b.index_select(0, second)).sum(1) for first, second in pairs])
 
 
 def separable_sum(values: Tensor, places: Tensor, left: Tensor, right: Tensor, *, learned: bool = False) -> Tensor:

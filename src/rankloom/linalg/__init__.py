@@ -31,7 +31,9 @@ from rankloom.linalg.tensor_ring import (
     ring_change_cost,
     ring_identity_penalty,
     ring_orthogonality_penalty,
+    ring_terms,
     ring_times,
+    rows_times_kronecker,
 )
 
 __all__ = [
@@ -56,7 +58,9 @@ __all__ = [
     "ring_change_cost",
     "ring_identity_penalty",
     "ring_orthogonality_penalty",
+    "ring_terms",
     "ring_times",
+    "rows_times_kronecker",
     "spd_inverse",
     "spd_sylvester",
     "truncated_svd",
