@@ -2,7 +2,7 @@
 
 from rankloom.kernels.dora import dora_linear, dora_linears
 from rankloom.kernels.formed import formed_linear, forming_pays
-from rankloom.kernels.kronecker import Step, Terms, contraction, kronecker_linear, kronecker_product
+from rankloom.kernels.kronecker import Step, Terms, contraction, contraction_macs, kronecker_linear, kronecker_product
 from rankloom.kernels.lowrank import Linear, lowrank_linear, lowrank_linears
 from rankloom.kernels.materialized import Update, materialize, materialized_linear, row_blocks
 from rankloom.kernels.shards import shard_linear, shard_sum
@@ -13,6 +13,7 @@ __all__ = [
     "Terms",
     "Update",
     "contraction",
+    "contraction_macs",
     "dora_linear",
     "dora_linears",
     "formed_linear",

@@ -13,6 +13,7 @@ from rankloom.linalg.kronecker import (
     kronecker_svd,
     rearranged,
 )
+from rankloom.linalg.order import kth_smallest
 from rankloom.linalg.polar import polar_factor
 from rankloom.linalg.spd import damped, spd_inverse, spd_sylvester
 from rankloom.linalg.svd import (
@@ -48,6 +49,7 @@ __all__ = [
     "kronecker_sum",
     "kronecker_svd",
     "leading_svd",
+    "kth_smallest",
     "mode_sizes",
     "orthonormal",
     "polar_factor",
