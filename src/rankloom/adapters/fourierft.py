@@ -12,25 +12,20 @@ from rankloom.adapters.base import AdapterPart, Dtype, adapter_dtype
 from rankloom.adapters.materialized import MaterializedAdapter
 from rankloom.adapters.seeded import SeededAdapter, require_room
 from rankloom.errors import RecipeError
-from rankloom.kernels.cosines import fourier_waves
+from rankloom.kernels.fourier import fourier_sum
 from rankloom.kernels.generated import choice
-from rankloom.kernels.separable import separable_sum
 from rankloom.parts import part
 from rankloom.targets import Layer, Target
 
 __all__ = ["FourierFT", "FourierFTAdapter"]
 
-HALVES = (torch.bfloat16, torch.float16)
-
 
 class FourierFTAdapter(MaterializedAdapter, SeededAdapter):
     """``delta = s * Re(ifft2(S))`` with ``S[i_k, j_k] = c_k``, ``c`` (n,) trained and the places (2, n) frozen.
 
-    The update is formed as a whole, by one real transform; in half precision, whose products outrun transforms, from the waves
-    themselves.
+    The update is formed as a whole, by one real transform.
     """
 
-    halves: ClassVar[bool] = True
     roles: ClassVar[dict[str, str]] = {"c": "coefficients"}
     places: Tensor
 
@@ -47,30 +42,7 @@ class FourierFTAdapter(MaterializedAdapter, SeededAdapter):
         nn.init.zeros_(self.c)
 
     def rows(self, weight: Tensor | None, span: slice, *tensors: Tensor) -> Tensor:
-        (c,) = tensors
-        return self._by_products(c, span) if c.dtype in HALVES else self._by_transform(c)[span]
-
-    def _by_products(self, c: Tensor, span: slice) -> Tensor:
-        """``sum_k c_k (cos cos - sin sin)``; frequencies above the middle are those below it, their sines negative."""
-        tables = [fourier_waves(size, c.dtype, c.device) for size in self.shape]
-        low, sign = [], torch.full_like(c, -1)
-        for at, size in zip(self.places, self.shape, strict=True):
-            high = 2 * at > size
-            low.append(torch.where(high, size - at, at))
-            sign = torch.where(high, -sign, sign)
-        sines = [at + size // 2 + 1 for at, size in zip(low, self.shape, strict=True)]
-        places = torch.stack([torch.cat(both) for both in zip(low, sines, strict=True)])
-        values = self.scale / (self.shape[0] * self.shape[1]) * torch.cat([c, sign * c])
-        return separable_sum(values, places, tables[0][:, span], tables[1])
-
-    def _by_transform(self, c: Tensor) -> Tensor:
-        (out, width), (i, j) = self.shape, self.places
-        # The real part of a transform is that of the spectrum's Hermitian half, to which frequency (-i, -j) gives as much.
-        i, j = torch.cat([i, (-i) % out]), torch.cat([j, (-j) % width])
-        kept = 2 * j <= width
-        half = c.new_zeros(out, width // 2 + 1)
-        half = half.index_put((i[kept], j[kept]), (0.5 * self.scale * torch.cat([c, c]))[kept], accumulate=True)
-        return torch.fft.irfft2(half, s=(out, width))
+        return fourier_sum(self.scale * tensors[0], self.places, self.shape)[span]
 
 
 @part("adapter", "fourierft")

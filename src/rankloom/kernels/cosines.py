@@ -1,4 +1,4 @@
-"""Waves of the orthonormal DCT-II and of the Fourier transform, and learned places among them (LoCA, 2502.06820).
+"""Waves of the orthonormal DCT-II, and learned places among them (LoCA, 2502.06820).
 
 ``c_i[p] = w_i cos(pi (p + 1/2) i / n)`` with ``w_0 = sqrt(1 / n)`` and ``w_i = sqrt(2 / n)`` else. A place is an integer; its
 gradient is the central difference of what depends on it, clipped at the borders.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["cosine_rows", "cosine_waves", "fourier_waves", "snapped"]
+__all__ = ["cosine_rows", "cosine_waves", "snapped"]
 
 CHUNK = 1 << 20  # entries whose angles are worked out at a time
 
@@ -23,28 +23,17 @@ CHUNK = 1 << 20  # entries whose angles are worked out at a time
 def cosine_waves(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """All waves ``c_i`` of the DCT-II (length, length), made once for all layers of this length."""
     index = torch.arange(length)
-    weights = torch.full((length,), (2 / length) ** 0.5, dtype=torch.float64)
+    weights = torch.full((length, 1), (2 / length) ** 0.5, dtype=torch.float64)
     weights[0] = length**-0.5
-    return _waves(torch.cos, index, 2 * index + 1, 4 * length, weights, dtype).to(device)
-
-
-@lru_cache(maxsize=32)
-def fourier_waves(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``cos(2 pi f p / n)`` for ``f = 0 .. n / 2``, then ``sin`` of the same (2 (n // 2 + 1), n), made once for all layers."""
-    index, ones = torch.arange(length // 2 + 1), torch.ones(length // 2 + 1, dtype=torch.float64)
-    made = [_waves(wave, index, torch.arange(length), length, ones, dtype) for wave in (torch.cos, torch.sin)]
-    return torch.cat(made).to(device)
-
-
-def _waves(wave: Any, index: Tensor, points: Tensor, period: int, weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """``w_i wave(2 pi i p / period)``; ``i p`` is reduced as an integer, so that large ones lose nothing."""
-    table = wave(torch.arange(period, dtype=torch.float64) * (2 * math.pi / period))
-    out = torch.empty(len(index), len(points), dtype=dtype)
-    step = max(1, CHUNK // len(points))
-    for start in range(0, len(index), step):
+    values = torch.cos(torch.arange(4 * length, dtype=torch.float64) * (math.pi / (2 * length)))
+    out, step = torch.empty(length, length, dtype=dtype), max(1, CHUNK // length)
+    for start in range(0, length, step):
         span = slice(start, start + step)
-        out[span] = table[index[span, None] * points % period] * weights[span, None]
-    return out
+        # Reduced as integers, so that large angles lose nothing.
+        out[span] = values[index[span, None] * (2 * index + 1) % (4 * length)] * weights[span]
+    return out.to(device)
+
+
 
 
 class _Snapped(torch.autograd.Function):
