@@ -32,8 +32,8 @@ class KroneckerAdapter(Adapter):
     """``delta = s * sum_k U_k (x) V_k`` with ``U_k`` (m, n), ``V_k`` (p, q), out = m p and in = n q, given by :meth:`terms`.
 
     A linear layer's tokens meet the factors one after the other, in the cheaper order; where there are so many terms that the
-    update takes less to form, it is formed, and nothing of it kept for the backward pass. A look-up takes a column of each factor. A convolution is run with the dense update, which is formed again in the backward
-    pass instead of being kept.
+    update takes less to form, it is formed. A look-up takes a column of each factor. A convolution is run with the dense update.
+    What is formed is formed again in the backward pass instead of being kept.
     """
 
     @abstractmethod
@@ -61,7 +61,6 @@ class KroneckerAdapter(Adapter):
         else:
             update = kronecker_product(x, contraction(narrow, _tokens(x)))
         return y + (self.scale * update).to(y.dtype)
-
 
     def _formed(self, x: Tensor, base: Layer, terms: Terms) -> Tensor:
         left, right, up = terms

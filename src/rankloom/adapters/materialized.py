@@ -40,8 +40,7 @@ class MaterializedAdapter(Adapter):
     def tensors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """What :meth:`rows` depends on: the parameters, by default; any tensors, with or without a graph.
 
-        ``dtype``: that of the layer's products. Forms that :attr:`halves` have tensors in it, so that half precision forms the update
-        in half; None asks for the tensors' own.
+        ``dtype``: that of the layer's products, in which a form that ``halves`` has its tensors; None asks for their own.
         """
         return tuple(p.to(dtype) if self.halves and dtype is not None else p for p in self.parameters())
 

@@ -44,7 +44,8 @@ class TLoRAAdapter(Adapter):
     The trained ``T_d`` (I_d, I_d, R, R) are the deviation: they start at zero, and ``T - I`` is formed from them. ``Delta`` has
     cores ``B_d`` (O_d, R', R') for the output and ``C_d`` (J_d, R', R') for the input, ``B_0 = 0``: a product of factors of width
     ``R'^2``. ``W' x = W (x + (T - I) x) + Delta x``, with ``W'`` formed once, with ``T - I`` formed once, or core by core,
-    whichever is cheaper for the number of tokens. On a convolution ``T`` mixes the channels (of each group), at every position of the kernel alike.
+    whichever is cheaper for the number of tokens. On a convolution ``T`` mixes the channels (of each group), at every position
+    of the kernel alike.
     """
 
     needs_base: ClassVar[Literal["never", "init", "merge", "every_step"]] = "merge"
@@ -135,19 +136,29 @@ class TLoRAAdapter(Adapter):
         return transformed + update.to(transformed.dtype)
 
     def forms(self, base: Layer, tokens: int) -> bool:
-        """Whether ``W T + Delta`` takes fewer multiply-adds in a step of training than the tokens' way through ``T`` and ``Delta``:
-        forward, backward, and for the gradient of what ``T`` and ``Delta`` are made of."""
-        out, into, rank = base.out_features, base.in_features, self.bonds.shape[-1]
-        turned = math.prod(self.sizes) * (rank**2 + 1) * (math.prod(self.sizes[:-1]) + self.sizes[-1])  # a row of W
-        by_weight = out * (3 * turned + into * (4 * self.rank**2 + tokens))
+        """Whether ``W T + Delta`` takes fewer multiply-adds in a step of training than the tokens' way through both.
+
+        Each way is gone three times: forward, backward, and for the gradient of what ``T`` and ``Delta`` are made of.
+        """
+        out, into = base.out_features, base.in_features
+        by_weight = out * (3 * min(self._by_terms(), into**2) + into * (4 * self.rank**2 + tokens))
         return by_weight < 3 * tokens * (into**2 + self.rank**2 * (out + into))
 
+    def _by_terms(self) -> int:
+        """Multiply-adds of a row of ``W`` with the Kronecker terms of ``T - I``, small products counted double."""
+        width, last = math.prod(self.sizes), self.sizes[-1]
+        return 2 * width * (len(self.bonds[0]) ** 2 + 1) * (width // last + last)
+
     def _formed(self, x: Tensor, base: Layer) -> Tensor:
-        def rows(weight: Tensor | None, span: slice, first: Tensor, last: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        apart = self._by_terms() < self.channels**2
+
+        def rows(
+            weight: Tensor | None, span: slice, first: Tensor, last: Tensor, left: Tensor, right: Tensor
+        ) -> Tensor:
             assert weight is not None
             padded = F.pad(weight, (0, math.prod(self.sizes) - self.channels))
-            turned = rows_times_kronecker(padded, first, last)[:, : self.channels]
-            return torch.addmm(turned, left[span], right)
+            turned = rows_times_kronecker(padded, first, last) if apart else padded @ kronecker_sum(first, last)
+            return torch.addmm(turned[:, : self.channels], left[span], right)
 
         shape = base.out_features, base.in_features
         tensors = [*self.terms(x.dtype), *(side.to(x.dtype) for side in self.residual(base))]

@@ -21,7 +21,7 @@ CHUNK = 1 << 20  # entries whose angles are worked out at a time
 
 @lru_cache(maxsize=32)
 def cosine_waves(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """All waves ``c_i`` of the DCT-II (length, length), made once for all layers of this length."""
+    """All waves ``c_i`` of the DCT-II (length, length), made once and kept for all layers of this length."""
     index = torch.arange(length)
     weights = torch.full((length, 1), (2 / length) ** 0.5, dtype=torch.float64)
     weights[0] = length**-0.5
@@ -32,8 +32,6 @@ def cosine_waves(length: int, dtype: torch.dtype, device: torch.device) -> Tenso
         # Reduced as integers, so that large angles lose nothing.
         out[span] = values[index[span, None] * (2 * index + 1) % (4 * length)] * weights[span]
     return out.to(device)
-
-
 
 
 class _Snapped(torch.autograd.Function):

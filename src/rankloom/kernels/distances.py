@@ -43,7 +43,7 @@ class _DistanceDifference(torch.autograd.Function):
         for span, squares in _squares(p, q):
             for head, square in enumerate(squares):
                 # Where points coincide the slope is zero, not undefined.
-                distance = F.threshold_(square, tiny, float("inf")).sqrt_()
+                distance = F.threshold(square, tiny, float("inf"), inplace=True).sqrt_()
                 weights = torch.div(grad[span], distance, out=distance)
                 by_p[head, :, span] = q_ones[head] @ weights.mT
                 by_q[head] += p_ones[head, :, span] @ weights
@@ -58,8 +58,10 @@ def _rooted(square: Tensor) -> Tensor:
 
 def _squares(p: Tensor, q: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
     """``|p|^2 - 2 p q + |q|^2`` (n, in) of both heads, by rows: one product of points that carry their norms along."""
-    above = torch.cat([-2 * p, p.square().sum(-1, keepdim=True), torch.ones_like(p[..., :1])], -1)
-    beside = torch.cat([q, torch.ones_like(q[..., :1]), q.square().sum(-1, keepdim=True)], -1)
+    ones = [torch.ones_like(points[0, :, :1]) for points in (p, q)]
+    # A tensor for each head: products of equal heads have equal bits only at equal alignment.
+    above = [torch.cat([-2 * x, x.square().sum(-1, keepdim=True), ones[0]], -1) for x in p]
+    beside = [torch.cat([x, ones[1], x.square().sum(-1, keepdim=True)], -1) for x in q]
     height = grid(q.shape[1])
     for start in range(0, p.shape[1], height):
         span = slice(start, start + height)

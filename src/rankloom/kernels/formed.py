@@ -27,12 +27,10 @@ def forming_pays(shape: tuple[int, int], rank: int, tokens: int, trained: int) -
 
 
 class _FormedLinear(torch.autograd.Function):
-    """Saved: ``x``, unless neither factor is trained, and the factors as multiplied; the sum is formed again, by blocks of rows."""
+    """Saved: ``x``, unless neither factor is trained, and the factors as multiplied. The sum is formed again, by blocks."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         above, beside = a.to(x.dtype), b.to(x.dtype)
         trained = any(ctx.needs_input_grad[3:5])
         ctx.save_for_backward(x if trained else None, weight, above, beside)

@@ -59,7 +59,7 @@ def chain(cores: Sequence[Tensor]) -> Tensor:
 
 
 def ring_terms(cores: Sequence[Tensor], bonds: Tensor) -> tuple[Tensor, Tensor]:
-    """``T - I`` as ``R^2 + 1`` Kronecker terms, left (t, L, L) and right (t, I_D, I_D), of the modes before the last and the last.
+    """``T - I`` as ``R^2 + 1`` Kronecker terms: left (t, L, L) of the modes before the last, right (t, I_D, I_D) of the last.
 
     With ``c_d = A_1 .. A_d - M_1 .. M_d`` for the first d modes, ``c_d = c_{d-1} A_d + M_1 .. M_{d-1} E_d``: the last mode closes
     the ring, each slice of ``c_{D-1}`` beside one of ``A_D``, and the identity beside ``tr(M_1 .. M_{D-1} E_D)``.
