@@ -114,7 +114,8 @@ class LoCA(AdapterPart):
     ``coefficient_steps`` alternate with phases of ``place_steps``, in which places move by central differences of the cosine
     rows, ``di_k = clamp(a_k (K[i_k + 1, j_k] - K[i_k - 1, j_k]) / 2, -1, 1)`` with ``K = C G D^T``. Entries at one place add up.
     Starts at zero, at random places. ``form``: ``factored`` multiplies the input with n rows, ``dense`` forms the update;
-    ``auto`` does what takes fewer multiply-adds. Parameters per target: ``n``, and ``2 n`` places while those learn.
+    ``auto`` does what takes fewer multiply-adds. All layers share the cosine waves of their sides, ``length^2`` numbers for each
+    length. Parameters per target: ``n``, and ``2 n`` places while those learn.
 
     Raises:
         RecipeError: fewer than one coefficient or step of a phase; a run of unknown length where ``placing`` is a fraction.
