@@ -48,7 +48,7 @@ from common import (
     write,
 )
 from rankloom.adapters import FactoredAdapter
-from rankloom.kernels import contraction
+from rankloom.kernels import contraction, contraction_macs
 from rankloom.linalg import ring_change_cost
 from step_overhead import LINEARS
 from step_overhead import build as llama
@@ -188,7 +188,7 @@ def extra_macs(adapter: Any, out: int, into: int, tokens: int) -> float:
 
     Two factors of rank k: ``k (out + in)`` a token forward, the gradient of the input the same again, and ``k`` times its other
     side for each factor that takes a gradient. A formed update: the weight's gradient, ``out in`` a token, and what forming it
-    takes, three times (forward, again in the backward pass, its gradient). Forms with two ways are counted by the cheaper.
+    takes, three times (forward, again in the backward pass, its gradient). Forms with several ways are counted by the cheapest.
     What factors themselves are made of is not counted: it does not grow with the tokens.
     """
 
@@ -199,19 +199,21 @@ def extra_macs(adapter: Any, out: int, into: int, tokens: int) -> float:
         return out * into * (tokens + 3 * entry)
 
     def kronecker() -> float:
-        width, macs = into, 0
-        for _, matrix in contraction(adapter.terms(), tokens):
-            macs += len(matrix) * width
-            width = len(matrix) * width // matrix.shape[1]
-        return 3.0 * tokens * macs
+        terms = adapter.terms()
+        macs = contraction_macs(contraction(terms, tokens), into)
+        return min(3.0 * tokens * macs, 1.0 * out * into * (tokens + 4 * len(terms.left)))
 
     def low_rank() -> float:
         b, a = adapter.sides() if getattr(adapter, "fold", False) else adapter.effective()
-        return factored(len(a), b.requires_grad, a.requires_grad)
+        trained = b.requires_grad + a.requires_grad
+        whole = out * into * (tokens * (trained > 0) + len(a) * (2.0 + trained))
+        return min(factored(len(a), b.requires_grad, a.requires_grad), whole)
 
     def ring() -> float:
-        token, once = ring_change_cost(adapter.sizes, adapter.bonds.shape[-1])
-        return min(3.0 * tokens * token, 3.0 * (tokens * into**2 + once)) + factored(adapter.rank**2)
+        (token, once), rank = ring_change_cost(adapter.sizes, adapter.bonds.shape[-1]), adapter.rank**2
+        row = into * (adapter.bonds.shape[-1] ** 2 + 1) * (into // adapter.sizes[-1] + adapter.sizes[-1])
+        by_weight = out * (3.0 * min(row, into**2) + into * (4 * rank + tokens)) + once
+        return min(by_weight, min(3.0 * tokens * token, 3.0 * (tokens * into**2 + once)) + factored(rank))
 
     counts: dict[str, Callable[[], float]] = {
         "DoRAAdapter": lambda: low_rank() + len(adapter.A) * out * into,

@@ -16,7 +16,7 @@ from rankloom.adapters import LoCA, LoCAAdapter
 from rankloom.errors import RecipeError, TargetError
 from rankloom.init import OwnStart
 from rankloom.kernels import materialized
-from rankloom.kernels.cosines import cosine_rows, inverse_dct
+from rankloom.kernels.cosines import cosine_rows
 from rankloom.targets import LinearLayer, Target
 from tests import zoo
 
@@ -88,13 +88,10 @@ def test_gradients_are_those_of_the_dense_transform(
     torch.testing.assert_close(adapter.u.grad, torch.from_numpy(want), rtol=1e-10, atol=1e-11)
 
 
-def test_cosine_rows_are_orthonormal_and_the_fast_inverse_is_theirs() -> None:
+def test_cosine_rows_are_orthonormal() -> None:
     for n in (1, 2, 7, 16):
         rows = cosine_rows(torch.arange(n).double(), n)
         torch.testing.assert_close(rows @ rows.mT, torch.eye(n, dtype=torch.float64), rtol=1e-13, atol=1e-13)
-        x = torch.randn(n, 3, dtype=torch.float64, requires_grad=True)
-        torch.testing.assert_close(inverse_dct(x), rows.mT @ x, rtol=1e-12, atol=1e-13)
-        assert torch.autograd.gradcheck(inverse_dct, (x,))
 
 
 def test_every_update_can_be_written_with_all_places() -> None:

@@ -12,7 +12,7 @@ from rankloom import Recipe, Targets
 from rankloom.adapters import SNELL, LoRA, SNELLAdapter
 from rankloom.errors import CompositionError, RecipeError
 from rankloom.init import OwnStart
-from rankloom.kernels import materialized
+from rankloom.kernels import distances, materialized
 from rankloom.rank import SparsityBudget
 from rankloom.targets import LinearLayer
 
@@ -75,6 +75,7 @@ def expected(adapter: SNELLAdapter, sparsity: float = 0.5) -> Tensor:
 @pytest.mark.parametrize("block", [1, 2 * IN, 1 << 21])
 def test_update_forward_and_gradients(kernel: str, sparsify: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(materialized, "BLOCK", block)
+    monkeypatch.setattr(distances, "CHUNK", block)
     adapter, layer = made(kernel, sparsify)
     move(adapter)
     want = expected(adapter)

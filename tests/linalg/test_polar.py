@@ -20,6 +20,13 @@ def test_singular_values_over_five_orders() -> None:
     u, v = (torch.linalg.qr(torch.randn(n, 6, dtype=torch.float64)).Q for n in (12, 9))
     matrix = (u * torch.logspace(0, -5, 6, dtype=torch.float64)) @ v.mT
     torch.testing.assert_close(polar_factor(matrix), u @ v.mT, rtol=1e-8, atol=1e-8)
+    # Rounded to float32, the matrix itself says no more than this about its smallest directions.
+    narrow = matrix.float()
+    u, _, vh = torch.linalg.svd(narrow.double(), full_matrices=False)
+    kept = u[:, :6] @ vh[:6]
+    found = polar_factor(narrow).double()
+    torch.testing.assert_close(u[:, :6].mT @ found @ vh[:6].mT, torch.eye(6, dtype=torch.float64), rtol=1e-5, atol=1e-5)
+    assert (found - kept).norm() < 0.05  # what rounding made of the three zero values is damped
 
 
 def test_zero_directions_stay_zero() -> None:

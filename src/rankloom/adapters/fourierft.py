@@ -12,6 +12,7 @@ from rankloom.adapters.base import AdapterPart, Dtype, adapter_dtype
 from rankloom.adapters.materialized import MaterializedAdapter
 from rankloom.adapters.seeded import SeededAdapter, require_room
 from rankloom.errors import RecipeError
+from rankloom.kernels.fourier import fourier_sum
 from rankloom.kernels.generated import choice
 from rankloom.parts import part
 from rankloom.targets import Layer, Target
@@ -41,15 +42,7 @@ class FourierFTAdapter(MaterializedAdapter, SeededAdapter):
         nn.init.zeros_(self.c)
 
     def rows(self, weight: Tensor | None, span: slice, *tensors: Tensor) -> Tensor:
-        (c,) = tensors
-        wide = c.to(torch.promote_types(c.dtype, torch.float32))
-        (out, width), (i, j) = self.shape, self.places
-        # The real part of a transform is that of the spectrum's Hermitian half, to which frequency (-i, -j) gives as much.
-        i, j = torch.cat([i, (-i) % out]), torch.cat([j, (-j) % width])
-        kept = 2 * j <= width
-        half = wide.new_zeros(out, width // 2 + 1)
-        half = half.index_put((i[kept], j[kept]), (0.5 * self.scale * torch.cat([wide, wide]))[kept], accumulate=True)
-        return torch.fft.irfft2(half, s=(out, width))[span]
+        return fourier_sum(self.scale * tensors[0], self.places, self.shape)[span]
 
 
 @part("adapter", "fourierft")

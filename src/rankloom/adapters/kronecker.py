@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,16 @@ from torch.utils.checkpoint import checkpoint
 
 from rankloom.adapters.base import Adapter
 from rankloom.adapters.factored import frozen_operands
-from rankloom.kernels import Terms, contraction, kronecker_linear, kronecker_product
+from rankloom.kernels import (
+    Step,
+    Terms,
+    Update,
+    contraction,
+    contraction_macs,
+    kronecker_linear,
+    kronecker_product,
+    materialized_linear,
+)
 from rankloom.linalg import kronecker_sum
 from rankloom.targets import Conv2dLayer, EmbeddingLayer, Layer
 
@@ -21,9 +31,9 @@ __all__ = ["KroneckerAdapter"]
 class KroneckerAdapter(Adapter):
     """``delta = s * sum_k U_k (x) V_k`` with ``U_k`` (m, n), ``V_k`` (p, q), out = m p and in = n q, given by :meth:`terms`.
 
-    A linear layer's tokens meet the factors one after the other, in the cheaper order, and the update is never formed. A
-    look-up takes a column of each factor. A convolution is run with the dense update, which is formed again in the backward
-    pass instead of being kept.
+    A linear layer's tokens meet the factors one after the other, in the cheaper order; where there are so many terms that the
+    update takes less to form, it is formed. A look-up takes a column of each factor. A convolution is run with the dense update.
+    What is formed is formed again in the backward pass instead of being kept.
     """
 
     @abstractmethod
@@ -36,7 +46,10 @@ class KroneckerAdapter(Adapter):
     def forward(self, x: Tensor, base: Layer) -> Tensor:
         terms = self.terms()
         if (frozen := frozen_operands(x, base)) is not None:
-            return kronecker_linear(x, *frozen, contraction(terms, _tokens(x)), self.scale)
+            steps = contraction(terms, _tokens(x))
+            if forming_kronecker_pays(terms, steps, _tokens(x)):
+                return self._formed(x, base, terms)
+            return kronecker_linear(x, *frozen, steps, self.scale)
         y = base(x)
         dtype = x.dtype if x.is_floating_point() else y.dtype
         left, right, up = terms
@@ -48,6 +61,29 @@ class KroneckerAdapter(Adapter):
         else:
             update = kronecker_product(x, contraction(narrow, _tokens(x)))
         return y + (self.scale * update).to(y.dtype)
+
+    def _formed(self, x: Tensor, base: Layer, terms: Terms) -> Tensor:
+        left, right, up = terms
+        height = right.shape[1] if up is None else len(up)
+
+        def rows(_: Tensor | None, span: slice, left: Tensor, right: Tensor) -> Tensor:
+            return kronecker_sum(left[:, span.start // height : span.stop // height], right)
+
+        factors = self.scale * left, right if up is None else up @ right
+        update = Update((base.out_features, base.in_features), rows, base.weight, multiple=height)
+        return materialized_linear(x, update, [factor.to(x.dtype) for factor in factors], base.apply)
+
+
+def forming_kronecker_pays(terms: Terms, steps: Sequence[Step], tokens: int) -> bool:
+    """Whether the dense update takes fewer multiply-adds in a step of training than the tokens' way through the factors.
+
+    Through the factors: three times the same products, forward, for the gradient of the input and for those of the factors.
+    Formed, of ``t`` terms: ``out in`` a token for the gradient of the weight, and ``t out in`` forward, backward, and for each
+    factor's gradient.
+    """
+    (t, m, n), (_, p, q) = terms.left.shape, terms.right.shape
+    out, into = m * (p if terms.up is None else len(terms.up)), n * q
+    return out * into * (tokens + 4 * t) < 3 * tokens * contraction_macs(steps, into)
 
 
 def _tokens(x: Tensor) -> int:

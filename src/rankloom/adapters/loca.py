@@ -14,7 +14,8 @@ from rankloom.adapters.materialized import MaterializedAdapter
 from rankloom.adapters.seeded import require_room
 from rankloom.errors import RecipeError
 from rankloom.events import Schedule
-from rankloom.kernels.cosines import cosine_rows, inverse_dct, placed, snapped
+from rankloom.kernels.cosines import cosine_rows, cosine_waves, snapped
+from rankloom.kernels.separable import separable_sum
 from rankloom.parts import part
 from rankloom.targets import Layer, Target
 
@@ -27,7 +28,8 @@ class LoCAAdapter(FactoredAdapter, MaterializedAdapter):
     """``delta = s * sum_k a_k c_{i_k} d_{j_k}^T``, rows of the orthonormal DCT-II of lengths ``out`` and ``in``.
 
     ``a`` (n,) and ``u`` (2 n,), which the places ``i, j`` are rounded from, are trained, one at a time: ``placing`` says that it
-    is ``u``. Factored, the sum is a product of rank n; dense, it is formed by one real FFT along the rows.
+    is ``u``. Factored, the sum is a product of rank n; dense, it is formed: terms of one wave are added up first, and one
+    product with the waves in use is left.
     """
 
     roles: ClassVar[dict[str, str]] = {"a": "coefficients", "u": "places"}
@@ -44,10 +46,10 @@ class LoCAAdapter(FactoredAdapter, MaterializedAdapter):
         nn.init.zeros_(self.a)
         self.u.copy_(torch.rand(self.u.shape, generator=generator, dtype=self.u.dtype))
 
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """Coefficients and places (2, n); only what the phase trains has a gradient other than zero."""
         places = snapped(self.u.view(2, -1), self.shape)
-        return (self.a.detach() if self.placing else self.a), places
+        return (self.a.detach() if self.placing else self.a).to(dtype), places
 
     def effective(self) -> tuple[Tensor, Tensor]:
         a, (i, j) = self.tensors()
@@ -58,9 +60,9 @@ class LoCAAdapter(FactoredAdapter, MaterializedAdapter):
         return super().factors() if len(self.a) <= min(self.shape) else None
 
     def rows(self, weight: Tensor | None, span: slice, *tensors: Tensor) -> Tensor:
-        a, (i, j) = tensors
-        columns = (self.scale * a)[:, None] * cosine_rows(i, self.shape[0], span, self.placing)
-        return inverse_dct(placed(columns, j if self.placing else j.detach(), self.shape[1])).mT
+        a, places = tensors
+        left, right = (cosine_waves(size, a.dtype, a.device) for size in self.shape)
+        return separable_sum(self.scale * a, places, left[:, span], right, learned=self.placing)
 
     def operands(self, x: Tensor, base: Layer) -> Any:
         return None if self.dense else super().operands(x, base)
@@ -112,7 +114,8 @@ class LoCA(AdapterPart):
     ``coefficient_steps`` alternate with phases of ``place_steps``, in which places move by central differences of the cosine
     rows, ``di_k = clamp(a_k (K[i_k + 1, j_k] - K[i_k - 1, j_k]) / 2, -1, 1)`` with ``K = C G D^T``. Entries at one place add up.
     Starts at zero, at random places. ``form``: ``factored`` multiplies the input with n rows, ``dense`` forms the update;
-    ``auto`` does what takes fewer multiply-adds. Parameters per target: ``n``, and ``2 n`` places while those learn.
+    ``auto`` does what takes fewer multiply-adds. All layers share the cosine waves of their sides, ``length^2`` numbers for each
+    length. Parameters per target: ``n``, and ``2 n`` places while those learn.
 
     Raises:
         RecipeError: fewer than one coefficient or step of a phase; a run of unknown length where ``placing`` is a fraction.

@@ -26,6 +26,7 @@ class LoHaAdapter(FactoredAdapter, MaterializedAdapter):
     pass.
     """
 
+    halves: ClassVar[bool] = True
     roles: ClassVar[dict[str, str]] = dict.fromkeys(("w1_a", "w1_b", "w2_a", "w2_b"), "hadamard")
     w1_a: Tensor
     w1_b: Tensor

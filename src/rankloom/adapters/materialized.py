@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class MaterializedAdapter(Adapter):
     In half precision ``W + delta`` is rounded to the base's dtype before it multiplies, as it is when merged.
     """
 
+    halves: ClassVar[bool] = False  # made of products, which half precision multiplies in half
     multiple: int = 1  # blocks of rows begin at multiples of it
 
     @abstractmethod
@@ -35,9 +37,12 @@ class MaterializedAdapter(Adapter):
         Computes in ``weight``'s dtype where there is one.
         """
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        """What :meth:`rows` depends on: the parameters, by default; any tensors, with or without a graph."""
-        return tuple(self.parameters())
+    def tensors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        """What :meth:`rows` depends on: the parameters, by default; any tensors, with or without a graph.
+
+        ``dtype``: that of the layer's products, in which a form that ``halves`` has its tensors; None asks for their own.
+        """
+        return tuple(p.to(dtype) if self.halves and dtype is not None else p for p in self.parameters())
 
     def update(self, base: Layer, *, added: bool) -> Update:
         """The update as kernels take it."""
@@ -60,18 +65,19 @@ class MaterializedAdapter(Adapter):
         if not base.plain or base.rows is not None or (isinstance(base, LinearLayer) and not base.ordinary):
             y, update = base(x), self.update(base, added=False)
             if linear and x.dtype == y.dtype:
-                return y + materialized_linear(x, update, self.tensors(), base.down)
+                return y + materialized_linear(x, update, self.tensors(x.dtype), base.down)
             return y + self._checkpointed(x, base, update)
         bias = base.bias()
         if linear and x.dtype == base.dtype and not (bias is not None and bias.requires_grad):
-            return materialized_linear(x, self.update(base, added=True), self.tensors(), base.apply)
+            return materialized_linear(x, self.update(base, added=True), self.tensors(x.dtype), base.apply)
         return self._checkpointed(x, base, self.update(base, added=True))
 
     def _checkpointed(self, x: Tensor, base: Layer, update: Update) -> Tensor:
         product = base.apply if update.added else base.down
+        dtype = x.dtype if x.is_floating_point() else base.dtype
 
         def run(x: Tensor, *tensors: Tensor) -> Tensor:
-            return product(x, materialize(update, tensors, x.dtype if x.is_floating_point() else base.dtype))
+            return product(x, materialize(update, tensors, dtype))
 
-        out: Tensor = checkpoint(run, x, *self.tensors(), use_reentrant=False, preserve_rng_state=False)
+        out: Tensor = checkpoint(run, x, *self.tensors(dtype), use_reentrant=False, preserve_rng_state=False)
         return out

@@ -42,6 +42,7 @@ class RandLoRAAdapter(MaterializedAdapter, SeededAdapter):
     backward pass.
     """
 
+    halves: ClassVar[bool] = True
     roles: ClassVar[dict[str, str]] = {"lam": "scales", "gam": "scales"}
 
     def __init__(

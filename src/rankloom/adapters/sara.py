@@ -54,8 +54,8 @@ class SaRAAdapter(MaterializedAdapter):
         with torch.no_grad():
             self.values.zero_()
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (torch.where(self.live, self.values, self.values.detach()),)
+    def tensors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        return (torch.where(self.live, self.values, self.values.detach()).to(dtype),)
 
     def rows(self, weight: Tensor | None, span: slice, *tensors: Tensor) -> Tensor:
         (values,), width, height = tensors, self.shape[1], span.stop - span.start

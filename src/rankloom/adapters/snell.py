@@ -13,6 +13,8 @@ from rankloom.adapters.base import AdapterPart, Dtype, adapter_dtype
 from rankloom.adapters.materialized import MaterializedAdapter
 from rankloom.errors import RecipeError
 from rankloom.kernels import row_blocks
+from rankloom.kernels.distances import distance_difference, grid
+from rankloom.linalg import kth_smallest
 from rankloom.parts import part
 from rankloom.targets import Layer, Target
 
@@ -20,12 +22,6 @@ __all__ = ["SNELL", "SNELLAdapter"]
 
 Kernel = Literal["distance", "mixed"]
 Sparsify = Literal["hard", "soft", "code"]
-
-
-def distances(p: Tensor, q: Tensor) -> Tensor:
-    """``||p_j - q_i||`` (n, in) for ``p`` (n, d) and ``q`` (in, d); where points coincide the slope is zero, not undefined."""
-    square = torch.addmm(p.square().sum(1, keepdim=True) + q.square().sum(1), p, q.mT, alpha=-2)
-    return square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()
 
 
 class SNELLAdapter(MaterializedAdapter):
@@ -44,6 +40,7 @@ class SNELLAdapter(MaterializedAdapter):
     ) -> None:
         super().__init__()
         self.shape, self.sparsify, self.sparsity = (layer.out_features, layer.in_features), sparsify, sparsity
+        self.multiple = grid(layer.in_features)  # the entry at the limit is found again to the bit
         names = ["Q", "P", *(["mix"] if kernel == "mixed" else [])]
         for name in names:
             size = (3,) if name == "mix" else (2, self.shape["PQ".index(name)], dim // 2)
@@ -65,7 +62,7 @@ class SNELLAdapter(MaterializedAdapter):
         for name, parameter in self.named_parameters() if self.sparsify == "code" else ():
             self.get_buffer(f"{name}0").copy_(parameter)
 
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         now = self._decided(*self.parameters())
         if self.sparsify != "code":
             return now
@@ -73,7 +70,7 @@ class SNELLAdapter(MaterializedAdapter):
 
     def _decided(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The tensors with what depends on all of ``K``: the softmax's column maxima and sums, and the limit."""
-        spans = list(row_blocks(self.shape))
+        spans = list(row_blocks(self.shape, self.multiple))
         if len(tensors) == 3:
             q, p, _ = tensors
             with torch.no_grad():
@@ -88,11 +85,13 @@ class SNELLAdapter(MaterializedAdapter):
         entries, kept = self.shape[0] * self.shape[1], int(self.kept)
         if kept in (0, entries):
             return tensors[0].new_tensor(0.0 if kept else float("inf"))
-        size = torch.cat([self.kernel(span, *tensors).abs_().flatten() for span in spans])
-        return size.kthvalue(entries - kept + 1).values
+        size = tensors[0].new_empty(self.shape)
+        for span in spans:
+            torch.abs(self.kernel(span, *tensors), out=size[span])
+        return kth_smallest(size.flatten(), entries - kept + 1)
 
     def _distance(self, span: slice, q: Tensor, p: Tensor) -> Tensor:
-        return self.constant * (distances(p[0, span], q[0]) - distances(p[1, span], q[1]))
+        return distance_difference(self.constant * p[:, span], self.constant * q)  # c > 0 passes through a norm
 
     def _sum(self, span: slice, peak: Tensor, q: Tensor, p: Tensor, mix: Tensor) -> Tensor:
         return ((self._distance(span, q, p) - peak) / mix[1].exp()).exp().sum(0)
@@ -114,10 +113,10 @@ class SNELLAdapter(MaterializedAdapter):
 
     def _sparse(self, span: slice, *tensors: Tensor) -> Tensor:
         k, limit = self.kernel(span, *tensors[:-1]), tensors[-1]
+        if self.sparsify == "hard":  # all up to the next number below the limit go
+            return k if limit == 0 else nn.functional.hardshrink(k, float(limit.nextafter(torch.zeros_like(limit))))
         size = k.detach().abs()
         stays = size >= limit
-        if self.sparsify == "hard":
-            return k * stays
         if self.sparsify == "soft":
             return torch.where(stays, k - k.detach().sign() * limit, 0)
         return k if int(self.kept) == self.shape[0] * self.shape[1] else k * (size * stays)

@@ -1,7 +1,8 @@
 """The low-rank linear and its relatives as autograd functions."""
 
 from rankloom.kernels.dora import dora_linear, dora_linears
-from rankloom.kernels.kronecker import Step, Terms, contraction, kronecker_linear, kronecker_product
+from rankloom.kernels.formed import formed_linear, forming_pays
+from rankloom.kernels.kronecker import Step, Terms, contraction, contraction_macs, kronecker_linear, kronecker_product
 from rankloom.kernels.lowrank import Linear, lowrank_linear, lowrank_linears
 from rankloom.kernels.materialized import Update, materialize, materialized_linear, row_blocks
 from rankloom.kernels.shards import shard_linear, shard_sum
@@ -12,8 +13,11 @@ __all__ = [
     "Terms",
     "Update",
     "contraction",
+    "contraction_macs",
     "dora_linear",
     "dora_linears",
+    "formed_linear",
+    "forming_pays",
     "kronecker_linear",
     "kronecker_product",
     "lowrank_linear",

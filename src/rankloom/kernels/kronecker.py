@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Step", "Terms", "contraction", "kronecker_linear", "kronecker_product"]
+__all__ = ["Step", "Terms", "contraction", "contraction_macs", "kronecker_linear", "kronecker_product"]
 
 
 class Terms(NamedTuple):
@@ -49,6 +49,15 @@ def contraction(terms: Terms, tokens: int) -> list[Step]:
         first, *rest = [rights[0].flatten(0, 1), *(other[0] for other in rights[1:])]
         rest.insert(at - 1, left.permute(1, 2, 0).flatten(1))
     return [Step(index == at, matrix) for index, matrix in enumerate([first, *rest])]
+
+
+def contraction_macs(steps: Sequence[Step], width: int) -> int:
+    """Multiply-adds of the products for a token of the given width."""
+    total = 0
+    for _, matrix in steps:
+        total += len(matrix) * width
+        width = len(matrix) * width // matrix.shape[1]
+    return total
 
 
 @lru_cache(maxsize=4096)

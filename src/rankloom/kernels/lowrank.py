@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rankloom.kernels.formed import formed_linear, forming_pays
+
 __all__ = ["Linear", "Operands", "lowrank_linear", "lowrank_linears", "products_backward", "products_forward"]
 
 
@@ -138,11 +140,21 @@ def lowrank_linears(x: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
 
     ``x (..., in)``, weights and biases have one dtype; the factors may be wider and get their gradients in their own. Half
     precision multiplies in half and accumulates in float32, with no cast of ``x``. Differentiable once in ``x`` and the
-    factors. With ``b = 0`` an output is bit-identical to the frozen layer's.
+    factors. With ``b = 0`` an output is bit-identical to the frozen layer's. Where forming ``W + scale * b a`` takes fewer
+    multiply-adds for this many tokens than applying the factors, that is what is done.
     """
+    tokens = x.numel() // max(x.shape[-1], 1)
+    if any(_forms(linear, tokens) for linear in linears):
+        return tuple([(formed_linear if _forms(linear, tokens) else lowrank_linear)(x, *linear) for linear in linears])
     tensors = [t for linear in linears for t in linear[:4]]
     outs: tuple[Tensor, ...] = _LowRankLinears.apply(x, tuple(linear.scale for linear in linears), *tensors)
     return outs
+
+
+def _forms(linear: Linear, tokens: int) -> bool:
+    # Without gradients it is what training does: there, W + delta is rounded or it is not.
+    trained = max(linear.a.requires_grad + linear.b.requires_grad, 1)
+    return forming_pays((len(linear.b), linear.a.shape[1]), len(linear.a), tokens, trained)
 
 
 def lowrank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:

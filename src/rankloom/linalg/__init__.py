@@ -13,6 +13,7 @@ from rankloom.linalg.kronecker import (
     kronecker_svd,
     rearranged,
 )
+from rankloom.linalg.order import kth_smallest
 from rankloom.linalg.polar import polar_factor
 from rankloom.linalg.spd import damped, spd_inverse, spd_sylvester
 from rankloom.linalg.svd import (
@@ -31,7 +32,9 @@ from rankloom.linalg.tensor_ring import (
     ring_change_cost,
     ring_identity_penalty,
     ring_orthogonality_penalty,
+    ring_terms,
     ring_times,
+    rows_times_kronecker,
 )
 
 __all__ = [
@@ -45,6 +48,7 @@ __all__ = [
     "fix_signs",
     "kronecker_sum",
     "kronecker_svd",
+    "kth_smallest",
     "leading_svd",
     "mode_sizes",
     "orthonormal",
@@ -56,7 +60,9 @@ __all__ = [
     "ring_change_cost",
     "ring_identity_penalty",
     "ring_orthogonality_penalty",
+    "ring_terms",
     "ring_times",
+    "rows_times_kronecker",
     "spd_inverse",
     "spd_sylvester",
     "truncated_svd",

@@ -6,7 +6,7 @@ cores are ``delta_ij M_d + E_d`` with ``tr(M_1 ... M_D) = 1``: ``T = I`` at ``E 
 
     T - I = sum_d tr( A_1 .. A_{d-1} E_d M_{d+1} .. M_D ),
 
-so that it is zero exactly, and small without cancellation.
+or with the ``M`` before and the ``A`` behind, so that it is zero exactly, and small without cancellation.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from rankloom.linalg.kronecker import kronecker_sum
+
 __all__ = [
     "chain",
     "mode_sizes",
@@ -24,7 +26,9 @@ __all__ = [
     "ring_change_cost",
     "ring_identity_penalty",
     "ring_orthogonality_penalty",
+    "ring_terms",
     "ring_times",
+    "rows_times_kronecker",
 ]
 
 
@@ -54,19 +58,49 @@ def chain(cores: Sequence[Tensor]) -> Tensor:
     return reduce(lambda left, core: torch.einsum("pab,ibc->piac", left, core).flatten(0, 1), cores)
 
 
+def ring_terms(cores: Sequence[Tensor], bonds: Tensor) -> tuple[Tensor, Tensor]:
+    """``T - I`` as ``R^2 + 1`` Kronecker terms: left (t, L, L) of the modes before the last, right (t, I_D, I_D) of the last.
+
+    With ``c_d = A_1 .. A_d - M_1 .. M_d`` for the first d modes, ``c_d = c_{d-1} A_d + M_1 .. M_{d-1} E_d``: the last mode closes
+    the ring, each slice of ``c_{D-1}`` beside one of ``A_D``, and the identity beside ``tr(M_1 .. M_{D-1} E_D)``.
+    """
+    rank, width = bonds.shape[-1], 1
+    before = torch.eye(rank, dtype=bonds.dtype, device=bonds.device)
+    changed: Tensor | None = None  # (L, L, R, R)
+    for core, bond in zip(cores[:-1], bonds[:-1], strict=True):
+        fresh = before @ core
+        if changed is not None:
+            whole = core + _identity(core)[:, :, None, None] * bond
+            apart = _identity(changed)[:, None, :, None, None, None] * fresh[None, :, None]
+            changed = (torch.einsum("abxr,ijrs->aibjxs", changed, whole) + apart).flatten(2, 3).flatten(0, 1)
+        else:
+            changed = fresh
+        before, width = before @ bond, width * len(core)
+    last = cores[-1]
+    alone = torch.einsum("xr,ijrx->ij", before, last)[None]
+    if changed is None:
+        return torch.ones_like(alone[:, :1, :1]), alone
+    closing = last + _identity(last)[:, :, None, None] * bonds[-1]
+    left = torch.cat([changed.permute(2, 3, 0, 1).flatten(0, 1), _identity(changed)[None]])
+    return left, torch.cat([closing.permute(3, 2, 0, 1).flatten(0, 1), alone])
+
+
+def _identity(like: Tensor) -> Tensor:
+    return torch.eye(len(like), dtype=like.dtype, device=like.device)
+
+
 def ring_change(cores: Sequence[Tensor], bonds: Tensor) -> Tensor:
     """``T - I`` (N, N) of ``E_d`` (I_d, I_d, R, R) and ``M`` (D, R, R), ``N = prod I_d``."""
-    whole = torch.eye(bonds.shape[-1], dtype=bonds.dtype, device=bonds.device)[None, None]
-    moved = torch.zeros_like(whole)
-    for core, bond in zip(cores[:-1], bonds[:-1], strict=True):
-        eye = torch.eye(len(core), dtype=core.dtype, device=core.device)
-        step = torch.einsum("abxr,ijrs->aibjxs", whole, core)
-        whole, moved = (step + torch.einsum("abxr,rs,ij->aibjxs", t, bond, eye) for t in (whole, moved))
-        whole, moved = (t.flatten(2, 3).flatten(0, 1) for t in (whole, moved))
-    eye = torch.eye(len(cores[-1]), dtype=bonds.dtype, device=bonds.device)
-    change = torch.einsum("abxr,ijrx->aibj", whole, cores[-1])
-    change = change + torch.einsum("abxr,rx,ij->aibj", moved, bonds[-1], eye)
-    return change.flatten(2, 3).flatten(0, 1)
+    return kronecker_sum(*ring_terms(cores, bonds))
+
+
+def rows_times_kronecker(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``rows (sum_k U_k (x) V_k)`` (h, n q) for ``rows`` (h, m p), ``left`` (t, m, n), ``right`` (t, p, q), without the sum."""
+    (t, m, n), (_, p, q) = left.shape, right.shape
+    # The larger factor meets all columns at once; the smaller one then sums over terms, row by row.
+    first = rows.view(-1, m, p).transpose(1, 2).reshape(-1, m) @ left.movedim(0, 1).flatten(1)
+    second = right.permute(2, 1, 0).flatten(1).expand(len(rows), q, p * t)
+    return torch.bmm(second, first.view(-1, p * t, n)).transpose(1, 2).reshape(-1, n * q)
 
 
 def ring_times(x: Tensor, cores: Sequence[Tensor], bonds: Tensor) -> Tensor:
@@ -88,7 +122,7 @@ def ring_change_cost(sizes: Sequence[int], rank: int) -> tuple[int, int]:
     width = reduce(int.__mul__, sizes)
     inner = sum(rank * (size + 2) for size in sizes[1:-1])
     token = width * rank**2 * (sizes[0] + sizes[-1] + inner + 2 * rank)
-    return token, width**2 * (2 * rank**2 + rank**3 // sizes[-1] + 1)
+    return token, width**2 * (rank**2 + 1)
 
 
 def ring_identity_penalty(cores: Sequence[Tensor], bonds: Tensor) -> Tensor:
