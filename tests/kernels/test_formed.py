@@ -13,7 +13,16 @@ from rankloom import Recipe, Targets
 from rankloom.adapters import SoKA, TLoRA
 from rankloom.adapters import kronecker as kronecker_adapters
 from rankloom.init import OwnStart
-from rankloom.kernels import Terms, contraction, formed_linear, forming_pays, lowrank, lowrank_linear, materialized
+from rankloom.kernels import (
+    Terms,
+    contraction,
+    digits_worth,
+    formed_linear,
+    forming_pays,
+    lowrank,
+    lowrank_linear,
+    materialized,
+)
 from rankloom.kernels.distances import distance_difference
 from rankloom.kernels.separable import separable_sum
 from rankloom.linalg import kronecker_sum, kth_smallest, rows_times_kronecker
@@ -49,6 +58,14 @@ def test_a_zero_factor_leaves_every_bit_alone_and_factors_may_be_wider() -> None
     out.sum().backward()
     assert a.grad is not None and b.grad is not None and a.grad.dtype == b.grad.dtype == torch.float32
     torch.testing.assert_close(b.grad, 2.0 * torch.ones(7, 6) @ x.float() @ a.detach().mT, rtol=0.05, atol=0.1)
+
+
+def test_half_precision_forms_only_what_saves_much() -> None:
+    shape, rank, tokens = (576, 576), 128, 4096
+    assert forming_pays(shape, rank, tokens, 2) and not forming_pays(
+        shape, rank, tokens, 2, digits_worth(torch.bfloat16)
+    )
+    assert forming_pays(shape, 576, tokens, 1, digits_worth(torch.float16)) and digits_worth(torch.float32) == 1
 
 
 def test_thin_factors_are_applied_and_wide_ones_formed() -> None:

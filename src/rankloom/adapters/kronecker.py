@@ -18,6 +18,7 @@ from rankloom.kernels import (
     Update,
     contraction,
     contraction_macs,
+    digits_worth,
     kronecker_linear,
     kronecker_product,
     materialized_linear,
@@ -47,7 +48,7 @@ class KroneckerAdapter(Adapter):
         terms = self.terms()
         if (frozen := frozen_operands(x, base)) is not None:
             steps = contraction(terms, _tokens(x))
-            if forming_kronecker_pays(terms, steps, _tokens(x)):
+            if forming_kronecker_pays(terms, steps, _tokens(x), digits_worth(x.dtype)):
                 return self._formed(x, base, terms)
             return kronecker_linear(x, *frozen, steps, self.scale)
         y = base(x)
@@ -74,16 +75,16 @@ class KroneckerAdapter(Adapter):
         return materialized_linear(x, update, [factor.to(x.dtype) for factor in factors], base.apply)
 
 
-def forming_kronecker_pays(terms: Terms, steps: Sequence[Step], tokens: int) -> bool:
+def forming_kronecker_pays(terms: Terms, steps: Sequence[Step], tokens: int, worth: float = 1.0) -> bool:
     """Whether the dense update takes fewer multiply-adds in a step of training than the tokens' way through the factors.
 
     Through the factors: three times the same products, forward, for the gradient of the input and for those of the factors.
     Formed, of ``t`` terms: ``out in`` a token for the gradient of the weight, and ``t out in`` forward, backward, and for each
-    factor's gradient.
+    factor's gradient. ``worth``: how small a share of the former the latter has to be.
     """
     (t, m, n), (_, p, q) = terms.left.shape, terms.right.shape
     out, into = m * (p if terms.up is None else len(terms.up)), n * q
-    return out * into * (tokens + 4 * t) < 3 * tokens * contraction_macs(steps, into)
+    return out * into * (tokens + 4 * t) < worth * 3 * tokens * contraction_macs(steps, into)
 
 
 def _tokens(x: Tensor) -> int:

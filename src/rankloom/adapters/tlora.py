@@ -15,7 +15,7 @@ from rankloom.adapters.base import Adapter, AdapterPart, Binding, Dtype, adapter
 from rankloom.adapters.factored import frozen_operands
 from rankloom.errors import RecipeError
 from rankloom.events import Schedule
-from rankloom.kernels import Update, materialized_linear
+from rankloom.kernels import Update, digits_worth, materialized_linear
 from rankloom.linalg import (
     chain,
     kronecker_sum,
@@ -117,7 +117,7 @@ class TLoRAAdapter(Adapter):
         return torch.einsum("ocp,cd->odp", weight, self.change()).flatten(1) + left @ right
 
     def forward(self, x: Tensor, base: Layer) -> Tensor:
-        if frozen_operands(x, base) is not None and self.forms(base, x.numel() // self.channels):
+        if frozen_operands(x, base) is not None and self.forms(base, x.numel() // self.channels, digits_worth(x.dtype)):
             return self._formed(x, base)
         left, right = self.residual(base)
         dtype = x.dtype if x.is_floating_point() else base.dtype
@@ -135,14 +135,15 @@ class TLoRAAdapter(Adapter):
             transformed = base(x + moved)
         return transformed + update.to(transformed.dtype)
 
-    def forms(self, base: Layer, tokens: int) -> bool:
+    def forms(self, base: Layer, tokens: int, worth: float = 1.0) -> bool:
         """Whether ``W T + Delta`` takes fewer multiply-adds in a step of training than the tokens' way through both.
 
         Each way is gone three times: forward, backward, and for the gradient of what ``T`` and ``Delta`` are made of.
+        ``worth``: how small a share of the latter the former has to be.
         """
         out, into = base.out_features, base.in_features
         by_weight = out * (3 * min(self._by_terms(), into**2) + into * (4 * self.rank**2 + tokens))
-        return by_weight < 3 * tokens * (into**2 + self.rank**2 * (out + into))
+        return by_weight < worth * 3 * tokens * (into**2 + self.rank**2 * (out + into))
 
     def _by_terms(self) -> int:
         """Multiply-adds of a row of ``W`` with the Kronecker terms of ``T - I``, small products counted double."""

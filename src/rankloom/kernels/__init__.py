@@ -1,7 +1,7 @@
 """The low-rank linear and its relatives as autograd functions."""
 
 from rankloom.kernels.dora import dora_linear, dora_linears
-from rankloom.kernels.formed import formed_linear, forming_pays
+from rankloom.kernels.formed import digits_worth, formed_linear, forming_pays
 from rankloom.kernels.kronecker import Step, Terms, contraction, contraction_macs, kronecker_linear, kronecker_product
 from rankloom.kernels.lowrank import Linear, lowrank_linear, lowrank_linears
 from rankloom.kernels.materialized import Update, materialize, materialized_linear, row_blocks
@@ -14,6 +14,7 @@ __all__ = [
     "Update",
     "contraction",
     "contraction_macs",
+    "digits_worth",
     "dora_linear",
     "dora_linears",
     "formed_linear",

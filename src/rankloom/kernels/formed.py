@@ -11,19 +11,31 @@ from torch.autograd.function import once_differentiable
 
 from rankloom.kernels.materialized import row_blocks
 
-__all__ = ["formed_linear", "forming_pays"]
+__all__ = ["digits_worth", "formed_linear", "forming_pays"]
+
+IN_HALF = 0.6
 
 
-def forming_pays(shape: tuple[int, int], rank: int, tokens: int, trained: int) -> bool:
+def digits_worth(dtype: torch.dtype) -> float:
+    """The share of the multiply-adds of applying factors that forming may take to be preferred.
+
+    In half precision ``W + s B A`` is rounded, and what is below half a unit of ``W``'s last place is lost until it has grown:
+    there, forming has to save two fifths.
+    """
+    return 1.0 if dtype.itemsize >= 4 else IN_HALF
+
+
+def forming_pays(shape: tuple[int, int], rank: int, tokens: int, trained: int, worth: float = 1.0) -> bool:
     """Whether forming an update of rank ``k`` of a weight (out, in) takes fewer multiply-adds than applying its factors.
 
     Applied: ``k (out + in)`` a token forward, the same for the gradient of the input, and ``k out`` or ``k in`` for that of a
     factor, which is counted as half of both. Formed: ``k out in`` forward and again in the backward pass, and, where factors are
     trained (``trained``: 0, 1 or 2 of them), ``out in`` a token for the weight's gradient and ``k out in`` for each of theirs.
+    ``worth``: how small a share of the former the latter has to be.
     """
     out, into = shape
     applied = tokens * rank * (out + into) * (2 + trained / 2)
-    return out * into * (tokens * (trained > 0) + rank * (2 + trained)) < applied
+    return out * into * (tokens * (trained > 0) + rank * (2 + trained)) < worth * applied
 
 
 class _FormedLinear(torch.autograd.Function):
