@@ -66,6 +66,8 @@ class Form:
     peft: tuple[str, tuple[tuple[str, Any], ...]] | None = None
     most: float | None = None
     """Of the step's ratio to the limit."""
+    decoders: bool = False
+    """Sits on decoder layers, which the encoder does not have."""
 
 
 RANK = (("adapter.rank", 16), ("adapter.alpha", 32.0))
@@ -101,6 +103,7 @@ FORMS = {
     "loha": Form("loha", (("adapter.rank", 16),), ("LoHaConfig", (("r", 16), ("alpha", 16)))),
     "soka": Form("soka", most=1.30),
     "tlora": Form("tlora"),
+    "gin-attention": Form("gin-attention", decoders=True),
 }
 
 
@@ -183,13 +186,14 @@ def step_of(variant: str, kind: str, model: nn.Module, ids: torch.Tensor) -> Cal
     return step
 
 
-def extra_macs(adapter: Any, out: int, into: int, tokens: int) -> float:
+def extra_macs(adapter: Any, out: int, into: int, tokens: int, length: int) -> float:
     """Multiply-adds that a form's mathematics adds to a step of one frozen linear layer (out, in).
 
     Two factors of rank k: ``k (out + in)`` a token forward, the gradient of the input the same again, and ``k`` times its other
     side for each factor that takes a gradient. A formed update: the weight's gradient, ``out in`` a token, and what forming it
     takes, three times (forward, again in the backward pass, its gradient). Forms with several ways are counted by the cheapest.
-    What factors themselves are made of is not counted: it does not grow with the tokens.
+    What factors themselves are made of is not counted: it does not grow with the tokens. A graph over ``length`` tokens: the
+    probabilities of the earlier half twice, messages along it forward and back.
     """
 
     def factored(rank: int, left: bool = True, right: bool = True) -> float:
@@ -215,6 +219,10 @@ def extra_macs(adapter: Any, out: int, into: int, tokens: int) -> float:
         by_weight = out * (3.0 * min(row, into**2) + into * (4 * rank + tokens)) + once
         return min(by_weight, min(3.0 * tokens * token, 3.0 * (tokens * into**2 + once)) + factored(rank))
 
+    def graph() -> float:
+        hidden, inner = len(adapter.W_in), len(adapter.W_1)
+        return tokens * (3.0 * (2 * into * hidden + 2 * hidden * inner) + length / 2 * (2 * into + 2 * hidden))
+
     counts: dict[str, Callable[[], float]] = {
         "DoRAAdapter": lambda: low_rank() + len(adapter.A) * out * into,
         "SelectedAdapter": lambda: 3.0 * tokens * len(adapter.index) * (out if adapter.side == "in" else into),
@@ -231,6 +239,7 @@ def extra_macs(adapter: Any, out: int, into: int, tokens: int) -> float:
         "SNELLAdapter": lambda: formed(4 / 3 * len(adapter.Q) * adapter.Q.shape[2]),
         "RandLoRAAdapter": lambda: formed(min(out, into)),
         "FourierFTAdapter": lambda: formed(1),
+        "GINAttentionAdapter": graph,
     }
     name = type(adapter).__name__
     if name in counts:
@@ -263,7 +272,7 @@ def times(kind: str, dtype: torch.dtype, forms: list[str], repeats: int) -> list
     rows = []
     for name in forms:
         handle = adapted(FORMS[name], copy.deepcopy(base))
-        extra = sum(extra_macs(b.adapter, *b.target.shape, ids.numel()) for b in handle.bindings)
+        extra = sum(extra_macs(b.adapter, *b.target.shape, ids.numel(), ids.shape[1]) for b in handle.bindings)
         own, peer = measured[name], measured.get(f"peft {name}")
         row = {"form": name, "trains": sum(p.numel() for p in handle.parameters()), **own}
         row |= {"bound": 1 + extra / frozen, "counted": counted_macs(steps[name]) / frozen}
@@ -395,15 +404,18 @@ def main() -> None:
         write(args.json, result)
 
     for kind in args.models:
+        forms = [name for name in args.forms if kind == "slice" or not FORMS[name].decoders]
+        if left_out := sorted(set(args.forms) - set(forms)):
+            print(f"{kind}: no decoder layers for {', '.join(left_out)}")
         for dtype in args.dtype if "time" in args.parts else ():
-            rows = times(kind, getattr(torch, dtype), args.forms, args.repeats)
+            rows = times(kind, getattr(torch, dtype), forms, args.repeats)
             keep("time", f"{kind} {dtype}", rows, [*COLUMNS, "peft_ratio", "of_peft", "limit"])
         if "memory" in args.parts:
-            rows = memory(kind, "float32", args.forms)
+            rows = memory(kind, "float32", forms)
             keep("memory", f"{kind} float32", rows, ["form", "over_limit_mb", "peft_over_limit_mb"])
         if "rest" in args.parts:
             rest = ["form", "inject_s", "peft_inject_s", "file_bytes", "peft_file_bytes", "drift"]
-            keep("rest", f"{kind} float32", injected(kind, args.forms), rest)
+            keep("rest", f"{kind} float32", injected(kind, forms), rest)
     if args.figure:
         draw(result, args.figure)
 
