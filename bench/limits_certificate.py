@@ -26,6 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from statistics import median
 from typing import Any
 
@@ -46,7 +47,8 @@ from rankloom.kernels.lowrank import Linear
 LIMIT, ROUNDING = 3e-2, 1e-6
 WIDEST = 1024
 SOME = ", some keys"
-NAMES = ["output", "dQ", "dK", "dV", f"dK{SOME}", f"dV{SOME}", *(f"d{f}_{n}" for n in "qkv" for f in "AB")]
+OVER_KEYS = ["dK", "dV", "dA_k", "dB_k", "dA_v", "dB_v"]
+NAMES = ["output", "dQ", "dK", "dV", *(f"d{f}_{n}" for n in "qkv" for f in "AB"), *(f"{n}{SOME}" for n in OVER_KEYS)]
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def coverage(drawn: Drawn, rows: int, keys: int) -> dict[str, Any] | None:
     approximation, got, denominators = found
     head, everywhere = drawn.head, torch.arange(len(drawn.head.k))
     estimates: dict[str, tuple[float, float]] = {}
-    for projections, compared in ((None, None), (None, keys), (drawn.projections, None)):
+    for projections, compared in product((None, drawn.projections), (None, keys)):
         certificate = certify(
             approximation,
             head.q,
@@ -161,14 +163,14 @@ def coverage(drawn: Drawn, rows: int, keys: int) -> dict[str, Any] | None:
         )
         found_here = {name: (e.error, e.upper) for name, e in certificate.gradients.items()}
         if compared is not None:
-            found_here = {f"{name}{SOME}": found_here[name] for name in ("dK", "dV")}
+            found_here = {f"{name}{SOME}": found_here[name] for name in OVER_KEYS if name in found_here}
         estimates |= found_here
         estimates.setdefault("output", (certificate.error, certificate.upper))
     true = {name: relative(*pair) for name, *pair in zip(NAMES, got, head.exact, strict=False)}
-    true |= {f"{name}{SOME}": true[name] for name in ("dK", "dV")}
     for (name, projection), mine, theirs in zip(drawn.projections.items(), got[1:], head.exact[1:], strict=True):
         pairs = (projection.gradients(t if name == "q" else t[None], everywhere) for t in (mine, theirs))
         true |= {f"d{f}_{name}": relative(*pair) for f, *pair in zip("AB", *pairs, strict=True)}
+    true |= {f"{name}{SOME}": true[name] for name in OVER_KEYS}
     factor = {"kind": drawn.kind, "width": approximation.factor.width}
     return {**drawn.described, **factor, "true": true, "estimates": estimates}
 
