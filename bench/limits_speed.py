@@ -246,8 +246,10 @@ def certificates(row: Row, length: int, repeats: int) -> dict[str, Any]:
     q, k, v = case.head
     x = torch.cat(case.head, 1).detach()
     adapter = Linear(x.new_empty(0), None, torch.randn(8, x.shape[1]), torch.randn(row.dim, 8), 1.0)
+    projections = {n: Projection(x, adapter) for n in "qkv"}
     runs: dict[str, Callable[[], Any]] = {"sdpa": lambda: case.run("sdpa")}
-    rows = 0
+    case.run("sdpa")
+    exact_gradients, looseness, rows = [case.results["sdpa"][n] for n in ("dQ", "dK", "dV")], {}, {}
     for name, approximation in case.approximations.items():
         out, denominators = approximation(q[None], k, v)
         grad = case.pull[None]
@@ -264,10 +266,17 @@ def certificates(row: Row, length: int, repeats: int) -> dict[str, Any]:
             gradients=(dq[None], dk, dv),
         )
         runs[name] = plain
-        runs[f"{name}, factors"] = partial(plain, projections={n: Projection(x, adapter) for n in "qkv"})
-        rows = plain().rows
+        runs[f"{name}, factors"] = partial(plain, projections=projections)
+        rows = {"plain": plain().rows}
+        certificate = runs[f"{name}, factors"]()
+        rows["factors"], looseness[name] = certificate.rows, {}
+        for (n, p), mine, theirs in zip(projections.items(), (dq, dk, dv), exact_gradients, strict=True):
+            for f, got, want in zip("AB", p.gradients(mine[None]), p.gradients(theirs[None]), strict=True):
+                true = float((got - want).norm() / want.norm())
+                limit = certificate.gradients[f"d{f}_{n}"].upper
+                looseness[name][f"d{f}_{n}"] = {"true": true, "limit": limit, "limit/true": limit / true}
     variants = ratios(interleaved(runs, repeats), "sdpa")
-    return {"provenance": provenance(), "exact_rows": rows, "variants": variants}
+    return {"provenance": provenance(), "exact_rows": rows, "variants": variants, "factor_gradients": looseness}
 
 
 def memory(row: str, variant: str, length: int) -> dict[str, Any]:
@@ -343,6 +352,12 @@ def main() -> None:
                 )
                 shown = [{"variant": n, **m} for n, m in found["variants"].items()]
                 table(shown, ["variant", "seconds", "ratio", "ratio_low", "ratio_high"])
+                print("\nlimits of factor gradients over their true errors")
+                shown = [
+                    {"variant": n, **{key: e["limit/true"] for key, e in m.items()}}
+                    for n, m in found["factor_gradients"].items()
+                ]
+                table(shown, list(shown[0]))
                 write(args.json, result)
     if "memory" in args.parts:
         result["memory"] = [

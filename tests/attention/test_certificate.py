@@ -375,7 +375,7 @@ class Watched(Polynomial):
 
 
 def test_cost_is_bounded() -> None:
-    """By default one row in 256, between 64 and 256, at 2560 keys, all of them once, and never more than 2^20 pairs at once."""
+    """By default one row in 256, between 64 and 256, at 2304 keys, all of them once, and never more than 2^20 pairs at once."""
 
     def counted(length: int, rows: int | None = None, keys: int | None = None) -> int:
         head.asked = []

@@ -46,7 +46,7 @@ __all__ = ["KEYS", "Certificate", "Estimate", "certify"]
 
 _ROWS, _SHARE = 256, 256  # by default one row in so many, and no more than 256
 _FACTOR_ROWS, _FACTOR_SHARE = 384, 64  # the same for gradients of factors, where errors of all rows and keys may add up
-KEYS = 2560
+KEYS = 2304
 """At which dK and dV are compared."""
 ROUNDINGS = 8
 """No limit is below so many units of rounding: about 1e-6 in float32."""
@@ -108,7 +108,7 @@ def certify(
     ``projections`` for any of ``q, k, v`` the ``dA_n`` and ``dB_n`` of those.
 
     ``rows`` are by default ``g L / 256``, at least 64 and at most 256, with ``projections`` ``g L / 64`` and at most 384; a head
-    that has no more than ``rows`` is computed exactly. dK and dV are compared at ``keys`` of the keys, by default 2560;
+    that has no more than ``rows`` is computed exactly. dK and dV are compared at ``keys`` of the keys, by default 2304;
     ``keys=L`` for a ``correction`` of them.
     Half precision is certified in float32. Time ``O(rows L d)`` plus the approximation's own dense rows, for which a factor whose
     kernel is no function of the logits forms its features of the compared keys, and pulls nine gradients back through them:

@@ -24,7 +24,7 @@ __all__ = ["Rows"]
 
 _PAIRS = 2**20  # of rows and keys at once
 # Keys at once, whose features are formed once for all rows; under a causal mask fewer, as only the rows after them meet them.
-_KEYS = {False: 4096, True: 1280}
+_KEYS = {False: 4096, True: 1152}
 _CACHED = 2**18  # logits of exact rows at once, which half a dozen passes go over: they stay in a core's L2 cache
 
 
