@@ -169,7 +169,7 @@ def test_a_gradient_that_is_zero_has_no_error() -> None:
 
 def test_strata() -> None:
     difficulty = torch.rand(5000, dtype=torch.float64)
-    sample = stratify(difficulty, 256)
+    sample = stratify([difficulty], 256)
     order = difficulty.argsort(descending=True)
     assert torch.equal(sample.top, order[:64])
     assert sample.drawn.shape == (8, 3, 8) and sample.sizes.tolist() == [192, 768, 3976]
@@ -177,7 +177,7 @@ def test_strata() -> None:
         assert rows.shape == (8, 8) and torch.isin(rows, order[low:high]).all()
         assert len(rows.unique()) > 32  # drawn apart
     assert (sample.weights.sum(1) == sample.sizes).all()
-    short = stratify(difficulty[:300], 256)
+    short = stratify([difficulty[:300]], 256)
     assert (
         short.sizes.tolist() == [192] and len(short.top) == 64 + 44
     )  # a stratum no larger than its sample is taken whole
@@ -191,7 +191,7 @@ def test_estimators_are_unbiased() -> None:
     squares, difficulty = terms.square().sum(1), terms[:, 0].abs() + torch.rand(600, generator=g)
     sums, norms, plain, means, variances = [], [], [], [], []
     for _ in range(1000):
-        sample = stratify(difficulty, 64, g)
+        sample = stratify([difficulty], 64, g)
         sums.append(total(sample, squares[sample.top], squares[sample.drawn])[0])
         replicates = terms[sample.top].sum(0) + torch.einsum(
             "rhmc,hm->rc", terms[sample.drawn], sample.weights.double()
@@ -212,6 +212,17 @@ def test_estimators_are_unbiased() -> None:
     mean = torch.stack(means)
     assert off(variances, mean.var(0).sum()) < 5  # of a variance that is itself estimated
     assert ((mean.mean(0) - whole).abs() < 4 * mean.std(0) / len(mean) ** 0.5).all()
+
+
+def test_strata_by_several_difficulties() -> None:
+    """The leading rows of each difficulty lead, as in an order by the highest rank."""
+    several = [torch.rand(5000, dtype=torch.float64) for _ in range(3)]
+    sample = stratify(several, 128)
+    highest = torch.stack([t.argsort().argsort() for t in several]).amax(0)
+    assert highest[sample.top].min() >= highest.sort().values[-32]
+    for rows, low, high in zip(sample.drawn.unbind(1), (32, 128, 512), (128, 512, 5000), strict=True):
+        bounds = highest.sort(descending=True).values[[low, high - 1]]
+        assert bool(((highest[rows] <= bounds[0]) & (highest[rows] >= bounds[1])).all())
 
 
 def test_products_of_cells_are_unbiased() -> None:
@@ -346,7 +357,7 @@ def test_limits_cover_the_truth(keys: int | None) -> None:
     found = coverage(24, 768, 128, keys)
     assert set(found) == {"output", "dQ", "dK", "dV"}
     for name, (count, covered, median) in found.items():
-        assert count >= 10 and covered >= 0.9 and median <= (1.3 if name in ("output", "dQ") else 2.0), (name, found)
+        assert count >= 10 and count * (1 - covered) < 2.5 and median <= (1.3 if name in ("output", "dQ") else 2.0), (name, found)
 
 
 @pytest.mark.slow

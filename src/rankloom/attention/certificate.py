@@ -30,7 +30,7 @@ Setting: arXiv 2406.03136.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -135,7 +135,7 @@ def certify(
 
     count = q.shape[0] * q.shape[1]
     most, share = (_FACTOR_ROWS, _FACTOR_SHARE) if projections else (_ROWS, _SHARE)
-    sample = stratify(_difficulty(approximation, q, grad), rows or max(FEWEST, min(most, count // share)), generator)
+    sample = stratify(_difficulties(approximation, q, grad), rows or max(FEWEST, min(most, count // share)), generator)
     compared = _compared(k, known, keys or KEYS, generator)
     positions, place = compared.index.unique(return_inverse=True)
     made = known | {"denominators": denominators.detach().to(q.dtype)}
@@ -218,8 +218,8 @@ def _cells(projection: Projection, replicates: Tensor, keys: Sample) -> list[Ten
     return [t[:, :1] + t[:, 1:] if drawn else t for t in stacked]
 
 
-def _difficulty(approximation: Approximation, q: Tensor, grad: Tensor | None) -> Tensor:
-    """The rows' ranks by expected error: the highest of several, as no single one finds them all.
+def _difficulties(approximation: Approximation, q: Tensor, grad: Tensor | None) -> list[Tensor]:
+    """What grows with the rows' expected errors, in several ways.
 
     Early causal rows average few keys, so that errors fall as ``(i + 1)^-1/2`` unless a row attends to few keys anyway. With
     ``grad`` a row counts in the gradients by its norm.
@@ -229,7 +229,7 @@ def _difficulty(approximation: Approximation, q: Tensor, grad: Tensor | None) ->
         scores.append(scores[0] * torch.arange(1, q.shape[1] + 1, device=q.device).rsqrt())
     if grad is not None:
         scores.append(scores[-1] * grad.norm(dim=-1))
-    return _highest_ranks(scores)
+    return [score.flatten() for score in scores]
 
 
 def _compared(k: Tensor, known: Mapping[str, Tensor], keys: int, generator: torch.Generator | None) -> Sample:
@@ -237,13 +237,7 @@ def _compared(k: Tensor, known: Mapping[str, Tensor], keys: int, generator: torc
     if len(k) <= keys or "dK" not in known:
         every = torch.arange(len(k), device=k.device)
         return Sample(every, every.new_empty(0, 0, 0), k.new_empty(0))
-    ranks = _highest_ranks([t.norm(dim=-1) for t in (k - k.mean(0), known["dK"], known["dV"])])
-    return stratify(ranks, keys, generator)
-
-
-def _highest_ranks(scores: Sequence[Tensor]) -> Tensor:
-    ranks = torch.arange(scores[0].numel(), device=scores[0].device)
-    return torch.stack([torch.empty_like(ranks).index_copy_(0, t.flatten().argsort(), ranks) for t in scores]).amax(0)
+    return stratify([t.norm(dim=-1) for t in (k - k.mean(0), known["dK"], known["dV"])], keys, generator)
 
 
 def _relative(approximate: Tensor, squared: float, squared_upper: float) -> Estimate:
@@ -267,7 +261,12 @@ def _corrected(approximate: Tensor, found: SumOfRows) -> Estimate:
 def _invalid(known: Mapping[str, Tensor], denominators: Tensor) -> str | None:
     if bad := int((~((denominators > 0) & denominators.isfinite())).sum()):
         return f"{bad} of {denominators.numel()} denominators are not positive and finite: the logits are out of range"
-    return next((f"the approximate {name} is not finite" for name, t in known.items() if not t.isfinite().all()), None)
+    return next((f"the approximate {name} is not finite" for name, t in known.items() if not _finite(t)), None)
+
+
+def _finite(t: Tensor) -> bool:
+    """In one pass over ``t``; a NaN is the smallest and the largest entry at once."""
+    return all(bool(end.isfinite()) for end in torch.aminmax(t))
 
 
 def _check(
@@ -290,5 +289,5 @@ def _check(
         if count is not None and count < FEWEST:
             raise AttentionError(f"a certificate needs at least {FEWEST} {name}, not {count}")
     for name, t in {"q": q, "k": k, "v": v, "grad": grad}.items():
-        if t is not None and not t.isfinite().all():
+        if t is not None and not _finite(t):
             raise AttentionError(f"{name} is not finite: look for what made it so before asking for its attention")

@@ -1,6 +1,6 @@
 r"""Sums over many rows, and squared norms of such sums, from a few rows drawn in strata.
 
-``N`` rows are ordered by falling ``difficulty``: the top ``M/4`` are all taken, strata of ``3M/4``, ``3M`` and the remaining rows
+``N`` rows are ordered by falling difficulty: the top ``M/4`` are all taken, strata of ``3M/4``, ``3M`` and the remaining rows
 give ``M/4`` samples each, in ``R`` replicates drawn independently with replacement, of ``m`` rows per stratum.
 (Cochran, Sampling Techniques, chapter 5.) Keys are drawn in the same way.
 """
@@ -8,6 +8,7 @@ give ``M/4`` samples each, in ``R`` replicates drawn independently with replacem
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,13 +49,23 @@ class Sample:
         return top, drawn.view(self.drawn.shape)
 
 
-def stratify(difficulty: Tensor, rows: int, generator: torch.Generator | None = None) -> Sample:
-    """About ``rows >= FEWEST`` of the rows ranked by ``difficulty`` (N,); all of them where there are no more than that."""
-    count, each = len(difficulty), rows // (4 * _REPLICATES)
-    order = difficulty.argsort(descending=True)
+def stratify(difficulties: Sequence[Tensor], rows: int, generator: torch.Generator | None = None) -> Sample:
+    """About ``rows >= FEWEST`` of the rows, by the highest of their ranks in several ``difficulties`` (N,), as no single one
+    finds all that are hard; all of them where there are no more than that."""
+    count, each = len(difficulties[0]), rows // (4 * _REPLICATES)
+    order = torch.arange(count, device=difficulties[0].device)
     if count <= rows:
-        return Sample(order, order.new_empty(0, 0, 0), difficulty.new_empty(0))
+        return Sample(order, order.new_empty(0, 0, 0), difficulties[0].new_empty(0))
     quarter = each * _REPLICATES
+    ranks, ordered = (
+        torch.zeros_like(order),
+        min(16 * quarter, count),
+    )  # the order of the last stratum's rows is of no matter
+    places = torch.arange(ordered, 0, -1, device=order.device)
+    for difficulty in difficulties:
+        leading = difficulty.topk(ordered).indices
+        ranks[leading] = ranks[leading].maximum(places)
+    order = ranks.argsort(descending=True)
     top, *strata = order.tensor_split([quarter, 4 * quarter, 16 * quarter])
     top = torch.cat([top, *(s for s in strata if len(s) <= quarter)])
     strata = [s for s in strata if len(s) > quarter]
