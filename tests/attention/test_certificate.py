@@ -357,7 +357,10 @@ def test_limits_cover_the_truth(keys: int | None) -> None:
     found = coverage(24, 768, 128, keys)
     assert set(found) == {"output", "dQ", "dK", "dV"}
     for name, (count, covered, median) in found.items():
-        assert count >= 10 and count * (1 - covered) < 2.5 and median <= (1.3 if name in ("output", "dQ") else 2.0), (name, found)
+        assert count >= 10 and count * (1 - covered) < 2.5 and median <= (1.3 if name in ("output", "dQ") else 2.0), (
+            name,
+            found,
+        )
 
 
 @pytest.mark.slow
