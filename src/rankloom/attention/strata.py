@@ -57,10 +57,8 @@ def stratify(difficulties: Sequence[Tensor], rows: int, generator: torch.Generat
     if count <= rows:
         return Sample(order, order.new_empty(0, 0, 0), difficulties[0].new_empty(0))
     quarter = each * _REPLICATES
-    ranks, ordered = (
-        torch.zeros_like(order),
-        min(16 * quarter, count),
-    )  # the order of the last stratum's rows is of no matter
+    ordered = min(16 * quarter, count)  # the order within the last stratum is of no matter
+    ranks = torch.zeros_like(order)
     places = torch.arange(ordered, 0, -1, device=order.device)
     for difficulty in difficulties:
         leading = difficulty.topk(ordered).indices
