@@ -5,9 +5,11 @@ the whole, calibration and measurements included:
 
 - *fails*: the first layers of SmolLM2-135M on real text, at two lengths. The loss is taken on every so many-th token only, so
   that the vocabulary's share of a step is that of the whole model.
+- *fails, long*: one layer of eight heads of 64 dimensions with large logits, in a model of which attention is nearly all, for so
+  many steps that the budget comes to calibrate and to measure.
 - *passes*: a byte-level Llama with small heads of small norms on source code.
 
-A short run of the first kind measures nothing, as its budget does not get that far: *prices* says what a long one comes to. For
+A short run of the first kind measures nothing, as its budget does not get that far: *prices* says what a longer one comes to. For
 heads of both models (their own queries, keys and values on the first text, and random output gradients) it compares the CPU
 time of a measurement and of a calibration with what is booked for them. A long run spends ``budget x measured / booked`` of exact
 attention's time.
@@ -72,6 +74,16 @@ def small_heads(layers: int, heads: int, length: int, steps: int) -> tuple[nn.Mo
     """A model as it is drawn, texts, and its loss."""
     texts = library(length, min(steps, 12))
     model = model_of(layers, heads, 16, length)
+    return model, [texts[i % len(texts)] for i in range(steps)], lambda m, t: m(input_ids=t[None], labels=t[None]).loss
+
+
+def large_logits(heads: int, length: int, steps: int) -> tuple[nn.Module, list[Tensor], Loss]:
+    """One narrow layer whose logits have a standard deviation near 4, texts, and its loss."""
+    texts = library(length, 12)
+    model: Any = model_of(1, heads, 64, length, width=64)
+    with torch.no_grad():
+        for linear in (model.model.layers[0].self_attn.q_proj, model.model.layers[0].self_attn.k_proj):
+            linear.weight *= 2 / (linear.weight.std() * 64**0.5)  # the normed input's entries have variance 1
     return model, [texts[i % len(texts)] for i in range(steps)], lambda m, t: m(input_ids=t[None], labels=t[None]).loss
 
 
@@ -167,7 +179,8 @@ def main() -> None:
     parser.add_argument("--small-heads", type=int, default=4, help="a layer")
     parser.add_argument("--small-length", type=int, default=8192)
     parser.add_argument("--small-steps", type=int, default=24)
-    parser.add_argument("--only", choices=("passes", "fails"), help="run only these cases")
+    parser.add_argument("--long-steps", type=int, default=400, help="of the long run of failing heads")
+    parser.add_argument("--only", help="run only the cases whose names begin with this")
     parser.add_argument("--json", help="write the result here")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -176,6 +189,7 @@ def main() -> None:
         small: lambda: small_heads(options.layers, options.small_heads, options.small_length, options.small_steps),
         "fails, 2048 tokens": lambda: smollm2(options.layers, 2048, options.steps),
         "fails, 4096 tokens": lambda: smollm2(options.layers, 4096, max(2, options.steps // 3)),
+        "fails, long, 2048 tokens": lambda: large_logits(8, 2048, options.long_steps),
     }
     cases = {name: case for name, case in cases.items() if name.startswith(options.only or "")}
     measured: dict[str, Any] = {}

@@ -30,12 +30,12 @@ from rankloom.attention.accelerate import accelerate_attention
 VARIANTS = ("exact", "accelerated")
 
 
-def model_of(layers: int, heads: int, dim: int, length: int) -> nn.Module:
-    """A Llama over bytes."""
+def model_of(layers: int, heads: int, dim: int, length: int, width: int | None = None) -> nn.Module:
+    """A Llama over bytes, ``heads * dim`` wide unless said otherwise."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    width = heads * dim
+    width = width or heads * dim
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=256,

@@ -322,9 +322,9 @@ def test_kernels_ignore_autocast(kind: str) -> None:
         "windowed": Windowed(p, factor, scale=SCALE, causal=True, window=8, sinks=2),
         "blocks": BlockExact(p, factor, scale=SCALE, block=9),
     }
-    plain = made[kind].kernel(k, every)(q[0], every)
+    plain = made[kind].kernel(k, every, k)(q[0], every)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(made[kind].kernel(k, every)(q[0], every), plain)
+        assert torch.equal(made[kind].kernel(k, every, k)(q[0], every), plain)
     torch.testing.assert_close(plain.sum(1), made[kind](q, k, v)[1][0], rtol=1e-4, atol=1e-4)
     some = torch.tensor([1, 7, 8, 30, 44])
-    torch.testing.assert_close(made[kind].kernel(k, some)(q[0], every), plain[:, some], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(made[kind].kernel(k[some], some, k)(q[0], every), plain[:, some], rtol=1e-4, atol=1e-5)

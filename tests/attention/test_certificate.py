@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankloom.attention.certificate import Certificate, certify
+from rankloom.attention.certificate import KEYS, Certificate, certify
 from rankloom.attention.contract import Approximation, Rows
 from rankloom.attention.factored import Factored
 from rankloom.attention.polynomial import Isotropic
 from rankloom.attention.precondition import Preconditioner
 from rankloom.attention.projection import Projection
-from rankloom.attention.strata import stratify, sum_of_rows, total
+from rankloom.attention.strata import SumOfRows, stratify, sum_of_rows, total
 from rankloom.errors import AttentionError
 from rankloom.kernels.lowrank import Linear
 
@@ -30,16 +30,16 @@ class Polynomial(Approximation):
     def value(self, logits: Tensor) -> Tensor:
         return torch.stack([logits**j / math.factorial(j) for j in range(self.degree + 1)]).sum(0)
 
-    def kernel(self, k: Tensor, to: Tensor) -> Rows:
+    def kernel(self, k: Tensor, to: Tensor, every: Tensor) -> Rows:
         def rows(q: Tensor, at: Tensor) -> Tensor:
-            value = self.value(self.scale * q @ (k[to] - k.detach().mean(0)).mT)
+            value = self.value(self.scale * q @ (k - every.detach().mean(0)).mT)
             return value.masked_fill(to > at[:, None], 0.0) if self.causal else value
 
         return rows
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         every = torch.arange(len(k))
-        kernels = [self.kernel(k, every)(head, every) for head in q]
+        kernels = [self.kernel(k, every, k)(head, every) for head in q]
         sums = torch.stack([kernel.sum(1) for kernel in kernels])
         return torch.stack([kernel @ v for kernel in kernels]) / sums[..., None], sums.detach()
 
@@ -169,15 +169,15 @@ def test_a_gradient_that_is_zero_has_no_error() -> None:
 
 def test_strata() -> None:
     difficulty = torch.rand(5000, dtype=torch.float64)
-    sample = stratify(difficulty, 256)
+    sample = stratify([difficulty], 256)
     order = difficulty.argsort(descending=True)
     assert torch.equal(sample.top, order[:64])
     assert sample.drawn.shape == (8, 3, 8) and sample.sizes.tolist() == [192, 768, 3976]
     for rows, low, high in zip(sample.drawn.unbind(1), (64, 256, 1024), (256, 1024, 5000), strict=True):
-        assert torch.isin(rows, order[low:high]).all()
-        assert all(len(replicate.unique()) == 8 for replicate in rows)
+        assert rows.shape == (8, 8) and torch.isin(rows, order[low:high]).all()
+        assert len(rows.unique()) > 32  # drawn apart
     assert (sample.weights.sum(1) == sample.sizes).all()
-    short = stratify(difficulty[:300], 256)
+    short = stratify([difficulty[:300]], 256)
     assert (
         short.sizes.tolist() == [192] and len(short.top) == 64 + 44
     )  # a stratum no larger than its sample is taken whole
@@ -191,12 +191,12 @@ def test_estimators_are_unbiased() -> None:
     squares, difficulty = terms.square().sum(1), terms[:, 0].abs() + torch.rand(600, generator=g)
     sums, norms, plain, means, variances = [], [], [], [], []
     for _ in range(1000):
-        sample = stratify(difficulty, 64, g)
+        sample = stratify([difficulty], 64, g)
         sums.append(total(sample, squares[sample.top], squares[sample.drawn])[0])
         replicates = terms[sample.top].sum(0) + torch.einsum(
             "rhmc,hm->rc", terms[sample.drawn], sample.weights.double()
         )
-        found = sum_of_rows(replicates)
+        found = sum_of_rows(replicates[:, None])
         norms.append(found.squared_norm)
         plain.append(float(found.mean.square().sum()))
         means.append(found.mean)
@@ -212,6 +212,78 @@ def test_estimators_are_unbiased() -> None:
     mean = torch.stack(means)
     assert off(variances, mean.var(0).sum()) < 5  # of a variance that is itself estimated
     assert ((mean.mean(0) - whole).abs() < 4 * mean.std(0) / len(mean) ** 0.5).all()
+
+
+def test_strata_by_several_difficulties() -> None:
+    """The leading rows of each difficulty lead, as in an order by the highest rank."""
+    several = [torch.rand(5000, dtype=torch.float64) for _ in range(3)]
+    sample = stratify(several, 128)
+    highest = torch.stack([t.argsort().argsort() for t in several]).amax(0)
+    assert highest[sample.top].min() >= highest.sort().values[-32]
+    for rows, low, high in zip(sample.drawn.unbind(1), (32, 128, 512), (128, 512, 5000), strict=True):
+        bounds = highest.sort(descending=True).values[[low, high - 1]]
+        assert bool(((highest[rows] <= bounds[0]) & (highest[rows] >= bounds[1])).all())
+
+
+def test_products_of_cells_are_unbiased() -> None:
+    """Sums over rows and keys from samples of both: means over 600 draws within four standard errors, limits above the truth.
+
+    The key samples are shared by the rows', so products that are apart in rows alone would be far off."""
+    g = torch.Generator().manual_seed(2)
+    terms = torch.randn(90, 70, 3, generator=g, dtype=torch.float64) + 0.1  # rows, keys
+    terms += torch.randn(70, 3, generator=g, dtype=torch.float64)
+    want, norms, variances, means, limits, rows_only = terms.sum((0, 1)), [], [], [], [], []
+    for _ in range(600):
+        rows, keys = (torch.randint(n, (8, 5), generator=g) for n in (90, 70))
+        cells = terms[rows][:, :, keys].sum((1, 3)) * (90 / 5) * (70 / 5)
+        found = sum_of_rows(cells)
+        norms.append(found.squared_norm)
+        variances.append(found.variance)
+        means.append(found.mean)
+        limits.append(found.upper)
+        rows_only.append(sum_of_rows(cells.mean(1, keepdim=True)).squared_norm)
+
+    def off(values: list[float], truth: float) -> float:
+        t = torch.tensor(values, dtype=torch.float64)
+        return float((t.mean() - truth).abs() / (t.std() / len(t) ** 0.5))
+
+    truth = float(want.square().sum())
+    assert off(norms, truth) < 4 < off(rows_only, truth)
+    mean, parts = torch.stack(means), (terms.mean(1, keepdim=True), terms.mean(0, keepdim=True), terms)
+    by_row, by_key, each = (float(t.sub(terms.mean((0, 1))).square().mean((0, 1)).sum()) for t in parts)
+    exact = (90 * 70) ** 2 * ((by_row + by_key) / 40 + (each - by_row - by_key) / 40**2)  # of 40 rows and 40 keys
+    assert off(variances, exact) < 4
+    assert ((mean.mean(0) - want).abs() < 4 * mean.std(0) / 600**0.5).all()
+    assert sum(limit >= truth for limit in limits) >= 0.98 * 600
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_factor_gradients_from_some_keys_are_unbiased(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At one key in four and one row in five: the mean correction, and the squared error where it is not cut off at zero."""
+    q, k, v, grad = inputs(1, 300, 4, 0.4, seed=3)
+    grad = 0.1 * grad + 1.0
+    g = torch.Generator().manual_seed(4)
+    x, a = (torch.randn(n, 6, generator=g, dtype=q.dtype) for n in (300, 2))
+    b = torch.randn(4, 2, generator=g, dtype=q.dtype)
+    made = {n: Projection(x + 0.5, Linear(b @ a, None, a, b, 1.0)) for n in "kv"}
+    head = Polynomial(1, scale=0.5, causal=causal)
+    given, seen = results(head, q, k, v, grad), list[SumOfRows]()
+    monkeypatch.setattr(
+        "rankloom.attention.certificate.sum_of_rows", lambda cells: seen.append(sum_of_rows(cells)) or seen[-1]
+    )
+    for _ in range(80):
+        certify(head, q, k, v, grad=grad, projections=made, rows=64, keys=80, generator=g, **given)
+    approximate, exact = truth(head, q, k, v, grad)
+    wanted = [
+        f for n, p in made.items() for f in p.gradients((exact[f"d{n.upper()}"] - approximate[f"d{n.upper()}"])[None])
+    ]
+    for number, want in enumerate(wanted):
+        mine = seen[number :: len(wanted)]
+        squares = torch.tensor([found.squared_norm for found in mine], dtype=torch.float64)
+        assert abs(squares.mean() - want.square().sum()) < 4 * squares.std() / 80**0.5
+        mean = torch.stack([found.mean for found in mine])
+        assert (mean.mean(0) - want).norm() < 2 * (mean.var(0).sum() / 80).sqrt()
+        assert sum(found.upper >= want.square().sum() for found in mine) >= 76
 
 
 @pytest.mark.parametrize(("causal", "keys"), product((False, True), (None, 80)))
@@ -285,7 +357,10 @@ def test_limits_cover_the_truth(keys: int | None) -> None:
     found = coverage(24, 768, 128, keys)
     assert set(found) == {"output", "dQ", "dK", "dV"}
     for name, (count, covered, median) in found.items():
-        assert count >= 10 and covered >= 0.9 and median <= (1.3 if name in ("output", "dQ") else 2.0), (name, found)
+        assert count >= 10 and count * (1 - covered) < 2.5 and median <= (1.3 if name in ("output", "dQ") else 2.0), (
+            name,
+            found,
+        )
 
 
 @pytest.mark.slow
@@ -302,8 +377,8 @@ class Watched(Polynomial):
 
     asked: list[tuple[Tensor, list[Tensor]]]
 
-    def kernel(self, k: Tensor, to: Tensor) -> Rows:
-        rows, seen = super().kernel(k, to), list[Tensor]()
+    def kernel(self, k: Tensor, to: Tensor, every: Tensor) -> Rows:
+        rows, seen = super().kernel(k, to, every), list[Tensor]()
         self.asked.append((to, seen))
 
         def watched(q: Tensor, at: Tensor) -> Tensor:
@@ -314,7 +389,7 @@ class Watched(Polynomial):
 
 
 def test_cost_is_bounded() -> None:
-    """By default one row in 256, between 64 and 256, at 3072 keys, all of them once, and never more than 2^20 pairs at once."""
+    """By default one row in 256, between 64 and 256, at 2304 keys, all of them once, and never more than 2^20 pairs at once."""
 
     def counted(length: int, rows: int | None = None, keys: int | None = None) -> int:
         head.asked = []
@@ -323,7 +398,9 @@ def test_cost_is_bounded() -> None:
         for to, seen in head.asked:
             assert sum(map(len, seen)) == found and max(map(len, seen)) * len(to) <= 2**20
         compared = torch.cat([to for to, _ in head.asked])
-        assert len(compared) == min(length, keys or 3072) and bool((compared.diff() > 0).all())
+        assert bool((compared.diff() > 0).all())
+        wanted = min(length, keys or KEYS)
+        assert len(compared) == length if wanted == length else 0.75 * wanted < len(compared) <= wanted
         return found
 
     head = Watched(1, scale=0.5, causal=False)
@@ -336,7 +413,7 @@ def test_cost_is_bounded() -> None:
 
 def test_causal_rows_meet_no_later_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """A part of the keys is asked for by the rows from its first key on, and by no others."""
-    monkeypatch.setattr("rankloom.attention.rows._KEYS", 50)
+    monkeypatch.setattr("rankloom.attention.rows._KEYS", {True: 50})
     q, k, v, grad = inputs(2, 400, 4, 0.2, seed=0)
     head = Watched(3, scale=0.5, causal=True)
     head.asked = []
@@ -359,8 +436,8 @@ def test_failures_say_why() -> None:
     assert certify(head, q, k, v, out=out, denominators=denominators).reason == "the approximate output is not finite"
 
     class Broken(Polynomial):
-        def kernel(self, k: Tensor, to: Tensor) -> Rows:
-            rows = super().kernel(k, to)
+        def kernel(self, k: Tensor, to: Tensor, every: Tensor) -> Rows:
+            rows = super().kernel(k, to, every)
             return lambda q, at: rows(q, at) * (math.nan if len(at) < 150 else 1.0)  # not when it is called
 
     broken = Broken(2, scale=0.5, causal=False)
@@ -420,7 +497,6 @@ def test_bad_input_is_refused() -> None:
         ({"rows": 10}, "at least 64 rows"),
         ({"keys": 63}, "at least 64 keys"),
         ({"out": q}, "denominators too"),
-        ({"projections": {"q": Projection(q, Linear(k, None, k, v, 1.0))}, "keys": 64}, "all 100 keys"),
         ({"projections": {"o": Projection(q, Linear(k, None, k, v, 1.0))}}, "not o"),
     ):
         with pytest.raises(AttentionError, match=message):

@@ -66,9 +66,9 @@ def test_weights_are_the_rows_it_amounts_to(causal: bool, chunk: int | None) -> 
 def test_the_kernel_of_some_keys_is_part_of_the_kernel_of_all(causal: bool) -> None:
     q, k, v = head()
     a, at = approximation(q, k, causal), torch.tensor([60, 17, 3])
-    kernel, some = a.kernel(k, torch.arange(LENGTH))(q[1, at], at), torch.tensor([2, 3, 16, 17, 18, 60])
+    kernel, some = a.kernel(k, torch.arange(LENGTH), k)(q[1, at], at), torch.tensor([2, 3, 16, 17, 18, 60])
     torch.testing.assert_close(kernel.sum(1), a(q, k, v)[1][1, at])
-    part = a.kernel(k, some)(q[1, at], at)
+    part = a.kernel(k[some], some, k)(q[1, at], at)
     torch.testing.assert_close(part, kernel[:, some])
     pull = torch.randn(3, 6, dtype=torch.float64)
     ours, theirs = (torch.autograd.grad(x, (q, k), pull) for x in (part, kernel[:, some]))
@@ -131,4 +131,4 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(CompositionError, match="fitted at scale"):
         Factored(p, Isotropic(4, 2), scale=0.1, causal=True)
     with pytest.raises(AttentionError, match="a kernel is of keys"):
-        approximation(q, k, causal=True).kernel(k[0], torch.arange(3))
+        approximation(q, k, causal=True).kernel(k[0], torch.arange(3), k)

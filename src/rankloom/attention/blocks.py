@@ -50,18 +50,18 @@ class _NearAndFar(Approximation):
             z = self._sums(rows, keys, u, log_weight.detach(), self._shared(k))
         return (z[..., :-1] / z[..., -1:]).to(v.dtype), z[..., -1].detach()
 
-    def kernel(self, k: Tensor, to: Tensor) -> Rows:
-        fitted, shared = self.preconditioner, self._shared(k)
-        keys, log_weight = fitted.keys(k), fitted.log_weights(k)
+    def kernel(self, k: Tensor, to: Tensor, every: Tensor) -> Rows:
+        fitted, every = self.preconditioner, every.detach()
+        shared, keys, weight = self._shared(every), fitted.keys(k), fitted.log_weights(k, every).exp()
         with torch.autocast(k.device.type, enabled=False):
-            near, some = self._near(keys.detach(), log_weight.detach(), shared), keys.index_select(0, to)
-            far, weight = factored_kernel(some, self.factor), log_weight.index_select(0, to).exp()
+            near = self._near(fitted.keys(every), fitted.log_weights(every), shared)
+            far = factored_kernel(keys, self.factor)
 
         def rows(q: Tensor, at: Tensor) -> Tensor:
             queries = fitted.queries(q)
             with torch.autocast(q.device.type, enabled=False):
                 exact = near(queries.detach(), at, to) | shared[to]
-                kernel = torch.where(exact, (queries @ some.mT).exp(), far(queries))
+                kernel = torch.where(exact, (queries @ keys.mT).exp(), far(queries))
                 return (kernel.masked_fill(to > at[:, None], 0.0) if self.causal else kernel) * weight
 
         return rows

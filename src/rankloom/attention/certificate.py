@@ -12,6 +12,10 @@ products of independent replicates of the sample (:func:`rankloom.attention.stra
 key, and such products are sums over keys: some of these, drawn in strata like the rows, say as much about them as all do, and
 the features of wide factors are formed for no others.
 
+The gradients of the factors of K and V are sums over keys once more, ``dA = s sum_j (dK_j B)^T x_j``. With replicates of
+the keys too, products of estimates that share neither rows nor keys remain unbiased. Here a sample of keys does say less than
+all of them; rows are cheap beside keys, whose features are what a wide factor's certificate costs, so more of these are taken.
+
 Errors are relative to the approximate tensor, which is known exactly; as ``|exact| >= |approximate| - error``, an absolute
 limit ``u`` is the relative limit ``u / (|approximate| - u)``, infinite where the approximate tensor is no larger than its error.
 No limit is below the rounding of the tensors' own sums.
@@ -26,7 +30,7 @@ Setting: arXiv 2406.03136.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -35,13 +39,14 @@ from torch import Tensor
 from rankloom.attention.contract import Approximation
 from rankloom.attention.projection import Projection
 from rankloom.attention.rows import Rows
-from rankloom.attention.strata import FEWEST, Sample, SumOfRows, stratify, sum_of_rows, total
+from rankloom.attention.strata import FEWEST, Sample, SumOfRows, stratify, sum_at_keys, sum_of_rows, total
 from rankloom.errors import AttentionError
 
 __all__ = ["KEYS", "Certificate", "Estimate", "certify"]
 
 _ROWS, _SHARE = 256, 256  # by default one row in so many, and no more than 256
-KEYS = 3072
+_FACTOR_ROWS, _FACTOR_SHARE = 384, 64  # the same for gradients of factors, where errors of all rows and keys may add up
+KEYS = 2304
 """At which dK and dV are compared."""
 ROUNDINGS = 8
 """No limit is below so many units of rounding: about 1e-6 in float32."""
@@ -52,7 +57,7 @@ class Estimate:
     """A relative Frobenius error and its upper limit; for gradients that are sums over rows, also what would correct them.
 
     ``correction`` is to be added to the approximate gradient, and ``residual`` is the relative error expected after that. Both
-    are None where it would not help, where only some keys were compared, and for dQ, each row of which is one row's alone.
+    are None where it would not help, for dK and dV at some keys, and for dQ, each row of which is one row's alone.
     """
 
     error: float
@@ -102,16 +107,16 @@ def certify(
     ``grad`` (g, L, d_v); what is not given is computed. With ``grad`` the gradients are estimated as well: dQ, dK, dV, or with
     ``projections`` for any of ``q, k, v`` the ``dA_n`` and ``dB_n`` of those.
 
-    ``rows`` are by default ``g L / 256``, at least 64 and at most 256; a head that has no more than ``rows`` is computed exactly.
-    dK and dV are compared at ``keys`` of the keys, by default 3072; ``keys=L`` for a ``correction`` of them. With ``projections``
-    it is all keys, as the gradient of a factor is a sum over them.
+    ``rows`` are by default ``g L / 256``, at least 64 and at most 256, with ``projections`` ``g L / 64`` and at most 384; a head
+    that has no more than ``rows`` is computed exactly. dK and dV are compared at ``keys`` of the keys, by default 2304;
+    ``keys=L`` for a ``correction`` of them.
     Half precision is certified in float32. Time ``O(rows L d)`` plus the approximation's own dense rows, for which a factor whose
     kernel is no function of the logits forms its features of the compared keys, and pulls nine gradients back through them:
     ``O((rows + 9) keys width)``. Memory ``O(2^21 + 4096 width + (18 keys + L) (d + d_v))``, and the projections' inputs.
 
     The certificate fails, with a reason, where a denominator is not positive or anything is not finite. Raises
     :class:`AttentionError` for shapes that do not fit, ``q, k, v, grad`` that are not finite, ``out`` without ``denominators``,
-    fewer than 64 ``rows`` or ``keys``, or ``projections`` with some ``keys``.
+    or fewer than 64 ``rows`` or ``keys``.
     """
     _check(q, k, v, grad, projections, rows, keys)
     q, k, v = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v))
@@ -129,12 +134,14 @@ def certify(
         return Certificate(math.inf, math.inf, reason=reason)
 
     count = q.shape[0] * q.shape[1]
-    sample = stratify(_difficulty(approximation, q, grad), rows or max(FEWEST, min(_ROWS, count // _SHARE)), generator)
-    compared = _compared(k, known, len(k) if projections else keys or KEYS, generator)
-    order = compared.index.argsort()
+    most, share = (_FACTOR_ROWS, _FACTOR_SHARE) if projections else (_ROWS, _SHARE)
+    sample = stratify(_difficulties(approximation, q, grad), rows or max(FEWEST, min(most, count // share)), generator)
+    compared = _compared(k, known, keys or KEYS, generator)
+    positions, place = compared.index.unique(return_inverse=True)
     made = known | {"denominators": denominators.detach().to(q.dtype)}
-    head = Rows(approximation, q, k, v, made, grad, projections or {}, compared.index[order])
-    estimates = _estimates(head, sample, compared, order.argsort(), known)
+    linears = {n: p.to(q.dtype) for n, p in (projections or {}).items()}
+    head = Rows(approximation, q, k, v, made, grad, linears.get("q"), positions)
+    estimates = _estimates(head, sample, compared, place, known, linears)
     if bad := [name for name, estimate in estimates.items() if math.isnan(estimate.error)]:
         return Certificate(math.inf, math.inf, reason=f"exact or approximate rows are not finite in {', '.join(bad)}")
     output = estimates.pop("output")
@@ -155,7 +162,12 @@ def _run(
 
 
 def _estimates(
-    head: Rows, sample: Sample, compared: Sample, place: Tensor, known: dict[str, Tensor]
+    head: Rows,
+    sample: Sample,
+    compared: Sample,
+    place: Tensor,
+    known: dict[str, Tensor],
+    projections: Mapping[str, Projection],
 ) -> dict[str, Estimate]:
     """Of everything, from the rows of the sample; ``place`` is where the head has the compared keys."""
     weights = [torch.ones_like(sample.top, dtype=head.k.dtype)]
@@ -163,17 +175,51 @@ def _estimates(
     (top, sums), *rest = head.differences([sample.top, *sample.drawn.flatten(1)], weights)
     drawn = {n: torch.cat([t, *(squares[n] for squares, _ in rest)]) for n, t in top.items()}
     replicates = {n: t + torch.stack([s[n] for _, s in rest]) if rest else t[None] for n, t in sums.items()}
-    estimates = {n: _relative(known[n], *total(sample, *sample.parts(t))) for n, t in drawn.items()}
-    if len(compared.sizes):
-        found = {name: sum_of_rows(t[:, place], compared) for name, t in replicates.items()}
-        return estimates | {n: _relative(known[n], s.squared_norm, s.upper) for n, s in found.items()}
-    if replicates:
-        known = known | head.sums(known["dQ"], known["dK"], known["dV"])
-    return estimates | {name: _corrected(known[name], sum_of_rows(t)) for name, t in replicates.items()}
+    found = {n: _relative(known[n], *total(sample, *sample.parts(t))) for n, t in drawn.items()}
+    for n in ("dK", "dV") if replicates else ():
+        replicates[n] = replicates[n][:, place]
+    if replicates and projections:
+        del found["dQ"]
+        return found | _of_factors(projections, known, replicates, compared)
+    return found | {n: _of_keys(known[n], t, compared) for n, t in replicates.items()}
 
 
-def _difficulty(approximation: Approximation, q: Tensor, grad: Tensor | None) -> Tensor:
-    """The rows' ranks by expected error: the highest of several, as no single one finds them all.
+def _of_keys(approximate: Tensor, replicates: Tensor, keys: Sample) -> Estimate:
+    """Of what has a row for every key, from the replicates' rows (R, M, d) at some keys."""
+    if not len(keys.sizes):
+        return _corrected(approximate, sum_of_rows(replicates[:, None]))
+    found = sum_at_keys(replicates, keys)
+    return _relative(approximate, found.squared_norm, found.upper)
+
+
+def _of_factors(
+    projections: Mapping[str, Projection], known: Mapping[str, Tensor], replicates: Mapping[str, Tensor], keys: Sample
+) -> dict[str, Estimate]:
+    """Of ``dA_n`` and ``dB_n``."""
+    found: dict[str, Estimate] = {}
+    for n, projection in projections.items():
+        names, whole = (f"dA_{n}", f"dB_{n}"), f"d{n.upper()}"
+        if n == "q":
+            approximate, cells = projection.gradients(known[whole]), [replicates[name][:, None] for name in names]
+        else:
+            approximate, cells = projection.gradients(known[whole][None]), _cells(projection, replicates[whole], keys)
+        each = zip(names, approximate, cells, strict=True)
+        found |= {name: _corrected(tensor, sum_of_rows(drawn)) for name, tensor, drawn in each}
+    return found
+
+
+def _cells(projection: Projection, replicates: Tensor, keys: Sample) -> list[Tensor]:
+    """Both factors' gradients (R, G, ...) from every replicate (R, M, d) at the keys, by every sample ``g`` of these."""
+    top, *drawn = replicates[:, None].split([len(keys.top)] + [keys.weights.numel()] * len(keys.drawn), 2)
+    found = [projection.gradients(top, keys.top)]
+    weights = keys.weights.flatten().to(top)[:, None]
+    found += [projection.gradients(t * weights, at.flatten()) for t, at in zip(drawn, keys.drawn, strict=True)]
+    stacked = (torch.stack(each, 1) for each in zip(*found, strict=True))
+    return [t[:, :1] + t[:, 1:] if drawn else t for t in stacked]
+
+
+def _difficulties(approximation: Approximation, q: Tensor, grad: Tensor | None) -> list[Tensor]:
+    """What grows with the rows' expected errors, in several ways.
 
     Early causal rows average few keys, so that errors fall as ``(i + 1)^-1/2`` unless a row attends to few keys anyway. With
     ``grad`` a row counts in the gradients by its norm.
@@ -183,7 +229,7 @@ def _difficulty(approximation: Approximation, q: Tensor, grad: Tensor | None) ->
         scores.append(scores[0] * torch.arange(1, q.shape[1] + 1, device=q.device).rsqrt())
     if grad is not None:
         scores.append(scores[-1] * grad.norm(dim=-1))
-    return _highest_ranks(scores)
+    return [score.flatten() for score in scores]
 
 
 def _compared(k: Tensor, known: Mapping[str, Tensor], keys: int, generator: torch.Generator | None) -> Sample:
@@ -191,13 +237,7 @@ def _compared(k: Tensor, known: Mapping[str, Tensor], keys: int, generator: torc
     if len(k) <= keys or "dK" not in known:
         every = torch.arange(len(k), device=k.device)
         return Sample(every, every.new_empty(0, 0, 0), k.new_empty(0))
-    ranks = _highest_ranks([t.norm(dim=-1) for t in (k - k.mean(0), known["dK"], known["dV"])])
-    return stratify(ranks, keys, generator, replicates=1)
-
-
-def _highest_ranks(scores: Sequence[Tensor]) -> Tensor:
-    ranks = torch.arange(scores[0].numel(), device=scores[0].device)
-    return torch.stack([torch.empty_like(ranks).index_copy_(0, t.flatten().argsort(), ranks) for t in scores]).amax(0)
+    return stratify([t.norm(dim=-1) for t in (k - k.mean(0), known["dK"], known["dV"])], keys, generator)
 
 
 def _relative(approximate: Tensor, squared: float, squared_upper: float) -> Estimate:
@@ -221,7 +261,12 @@ def _corrected(approximate: Tensor, found: SumOfRows) -> Estimate:
 def _invalid(known: Mapping[str, Tensor], denominators: Tensor) -> str | None:
     if bad := int((~((denominators > 0) & denominators.isfinite())).sum()):
         return f"{bad} of {denominators.numel()} denominators are not positive and finite: the logits are out of range"
-    return next((f"the approximate {name} is not finite" for name, t in known.items() if not t.isfinite().all()), None)
+    return next((f"the approximate {name} is not finite" for name, t in known.items() if not _finite(t)), None)
+
+
+def _finite(t: Tensor) -> bool:
+    """In one pass over ``t``; a NaN is the smallest and the largest entry at once."""
+    return all(bool(end.isfinite()) for end in torch.aminmax(t))
 
 
 def _check(
@@ -243,8 +288,6 @@ def _check(
     for name, count in {"rows": rows, "keys": keys}.items():
         if count is not None and count < FEWEST:
             raise AttentionError(f"a certificate needs at least {FEWEST} {name}, not {count}")
-    if projections and keys is not None and keys < len(k):
-        raise AttentionError(f"gradients of factors are sums over all {len(k)} keys: leave keys={keys} out")
     for name, t in {"q": q, "k": k, "v": v, "grad": grad}.items():
-        if t is not None and not t.isfinite().all():
+        if t is not None and not _finite(t):
             raise AttentionError(f"{name} is not finite: look for what made it so before asking for its attention")

@@ -57,10 +57,11 @@ class Approximation(ABC):
         positive and finite has no valid output."""
 
     @abstractmethod
-    def kernel(self, k: Tensor, to: Tensor) -> Rows:
-        """The kernel that :meth:`__call__` amounts to, before its rows are divided by their denominators, at the positions ``to``
-        (n,) of all keys ``k`` (L, d): what gives the rows of single queries, 0 where masked, differentiable in ``q`` and ``k``.
-        For certificates and tests. What many queries share, as features of keys, is computed once and held: O(width n)."""
+    def kernel(self, k: Tensor, to: Tensor, every: Tensor) -> Rows:
+        """The kernel that :meth:`__call__` amounts to, before its rows are divided by their denominators, at keys ``k`` (n, d)
+        of the positions ``to`` (n,) among ``every`` key (L, d): what gives the rows of single queries, 0 where masked,
+        differentiable in ``q`` and ``k``. For certificates and tests. What many queries share, as features of keys, is computed
+        once and held: O(width n)."""
 
     def difficulty(self, q: Tensor) -> Tensor:
         """What grows with a query row's expected error, 0 for rows without one: (g, L). Here the row's norm in the factor's

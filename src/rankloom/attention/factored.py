@@ -50,13 +50,12 @@ class Factored(Approximation):
             p.queries(q), p.keys(k), v, p.log_weights(k), self.factor, causal=self.causal, chunk=self.chunk
         )
 
-    def kernel(self, k: Tensor, to: Tensor) -> Rows:
-        if k.dim() != 2 or to.dim() != 1:
+    def kernel(self, k: Tensor, to: Tensor, every: Tensor) -> Rows:
+        if k.dim() != 2 or to.shape != k.shape[:1]:
             raise AttentionError(
-                f"a kernel is of keys (L, d) at positions (n,); got {tuple(k.shape)} and {tuple(to.shape)}"
+                f"a kernel is of keys (n, d) at positions (n,); got {tuple(k.shape)} and {tuple(to.shape)}"
             )
-        some = k.index_select(0, to)
-        keys, weight = self.preconditioner.keys(some), self.preconditioner.log_weights(some, k.detach()).exp()
+        keys, weight = self.preconditioner.keys(k), self.preconditioner.log_weights(k, every).exp()
         with torch.autocast(k.device.type, enabled=False):
             far = factored_kernel(keys, self.factor)
 

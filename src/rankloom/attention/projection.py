@@ -19,8 +19,8 @@ class Projection:
     """The low-rank ``linear`` that makes the queries, the keys or the values of a head from ``x`` (L, D).
 
     ``linear.b`` is (heads * d, r), with ``heads = g`` for queries and 1 for keys and values. ``pull_back(grad, at)`` undoes what
-    stands between the projection and attention, such as rotary positions: it takes gradients (heads, n, d) at the positions
-    ``at`` (n,) to those in the projection's own output; None where nothing does.
+    stands between the projection and attention, such as rotary positions: it takes gradients (any, n, d) at the positions
+    ``at`` (n,), of several heads or samples alike, to those in the projection's own output; None where nothing does.
     """
 
     x: Tensor
@@ -38,9 +38,11 @@ class Projection:
         return self.x @ self.linear.a.mT
 
     def gradients(self, grad: Tensor, at: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``dA`` (r, D) and ``dB`` (heads * d, r) from ``grad`` (heads, n, d) at the positions ``at`` (n,), or at all of them."""
+        """``dA`` (.., r, D) and ``dB`` (.., heads * d, r) from ``grad`` (.., heads, n, d) at the positions ``at`` (n,), or at all
+        of them; several gradients at the same positions share what they have in common."""
         if self.pull_back is not None:
-            grad = self.pull_back(grad, torch.arange(len(self.x), device=grad.device) if at is None else at)
-        grad = grad.transpose(0, 1).flatten(1)
+            at = torch.arange(len(self.x), device=grad.device) if at is None else at
+            grad = self.pull_back(grad.flatten(0, -3), at).reshape(grad.shape)
+        grad = grad.transpose(-3, -2).flatten(-2)
         x, inner = (t if at is None else t[at] for t in (self.x, self.inner))
         return self.linear.scale * (grad @ self.linear.b).mT @ x, self.linear.scale * grad.mT @ inner

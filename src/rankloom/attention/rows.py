@@ -23,15 +23,16 @@ from rankloom.attention.projection import Projection
 __all__ = ["Rows"]
 
 _PAIRS = 2**20  # of rows and keys at once
-_KEYS = 4096  # keys at once, whose features are formed once for all rows
-_CACHED = 2**17  # logits of exact rows at once, which half a dozen passes go over: they stay in a core's L2 cache
+# Keys at once, whose features are formed once for all rows; under a causal mask fewer, as only the rows after them meet them.
+_KEYS = {False: 4096, True: 1152}
+_CACHED = 2**18  # logits of exact rows at once, which half a dozen passes go over: they stay in a core's L2 cache
 
 
 class Rows:
     """One head's exact rows less its approximate ones, for ``q`` (g, L, d), ``k`` (L, d) and ``v`` (L, d_v).
 
     ``known`` holds the approximate ``output``, and with ``grad`` (g, L, d_v) also ``dQ`` and the ``denominators``. dK and dV are
-    compared at the positions ``keys`` (n,), ascending; all of them for ``projections``.
+    compared at the positions ``keys`` (n,), ascending; dQ by the gradients of the factors of ``projection`` where there is one.
     """
 
     def __init__(
@@ -42,11 +43,11 @@ class Rows:
         v: Tensor,
         known: Mapping[str, Tensor],
         grad: Tensor | None,
-        projections: Mapping[str, Projection],
+        projection: Projection | None,
         keys: Tensor,
     ) -> None:
         self.approximation, self.k, self.v, self.keys = approximation, k, v, keys
-        self.projections = {n: p.to(k.dtype) for n, p in projections.items()}
+        self.projection = projection
         self.heads, self.length = q.shape[:2]
         self.q, self.out = q.flatten(0, 1), known["output"].flatten(0, 1)
         self.grad = None if grad is None else grad.flatten(0, 1)
@@ -67,70 +68,67 @@ class Rows:
             squares, sums = {"output": _squares(out - self.out[index])}, dict[str, Tensor]()
             if self.dq is not None and approximate is not None:
                 dq -= self.dq[index]
-                if not self.projections:
-                    squares["dQ"] = _squares(dq)
-                by_head = dq.new_zeros(self.heads, *dq.shape)
-                by_head[index // self.length, torch.arange(len(index), device=index.device)] = dq * weight[:, None]
-                dk, dv = (exact - of_all[number] for exact, of_all in zip((dk, dv), approximate, strict=True))
-                sums = self.sums(by_head, dk, dv, index % self.length)
+                squares["dQ"] = _squares(dq)
+                sums = {n: t - of_all[number] for n, t, of_all in zip(("dK", "dV"), (dk, dv), approximate, strict=True)}
+                if self.projection is not None:
+                    by_head = dq.new_zeros(self.heads, *dq.shape)
+                    by_head[index // self.length, torch.arange(len(index), device=index.device)] = dq * weight[:, None]
+                    sums["dA_q"], sums["dB_q"] = self.projection.gradients(by_head, index % self.length)
             found.append(({name: torch.empty_like(t).index_copy_(0, order, t) for name, t in squares.items()}, sums))
         return found
 
-    def sums(self, dq: Tensor, dk: Tensor, dv: Tensor, at: Tensor | None = None) -> dict[str, Tensor]:
-        """The gradients that are sums over rows, from ``dq`` (g, m, d) at the positions ``at`` (m,), ``dk`` and ``dv`` (n, .)."""
-        if not self.projections:
-            return {"dK": dk, "dV": dv}
-        parts = {"q": (dq, at), "k": (dk[None], None), "v": (dv[None], None)}
-        named = {n: p.gradients(*parts[n]) for n, p in self.projections.items()}
-        return {f"{factor}_{n}": t for n, pair in named.items() for factor, t in zip(("dA", "dB"), pair, strict=True)}
-
     def _exact(self, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The rows (m, .) of the output and of dQ, and the weighted sums dK and dV; zero without an output gradient."""
-        out, dq = self.v.new_empty(len(index), self.v.shape[1]), self.q.new_zeros(len(index), self.q.shape[1])
+        q, at, scale = self.q[index], index % self.length, self.approximation.scale
+        grad = None if self.grad is None else self.grad[index]
+        out, dq = self.v.new_empty(len(index), self.v.shape[1]), torch.zeros_like(q)
         dk, dv = self._empty_sums()
-        scale = self.approximation.scale
-        for part in torch.arange(len(index), device=index.device).split(max(1, _CACHED // self.length)):
-            rows, at = index[part], index[part] % self.length
-            stop, to = self._before(at)
-            k, v, q = self.k[:stop], self.v[:stop], scale * self.q[rows]
-            weights = q @ k.mT
+        q *= scale
+        step = max(1, _CACHED // self.length)
+        for part in (slice(a, a + step) for a in range(0, len(index), step)):
+            stop, to = self._before(at[part])
+            k, v = self.k[:stop], self.v[:stop]
+            weights = q[part] @ k.mT
             if self.approximation.causal:
-                for row, last in zip(weights, at.tolist(), strict=True):
+                for row, last in zip(weights, at[part].tolist(), strict=True):
                     row[last + 1 :] = -math.inf
             torch.softmax(weights, -1, out=weights)
-            out[part] = weights @ v
-            if self.grad is None:
+            torch.mm(weights, v, out=out[part])
+            if grad is None:
                 continue
-            grad, w = self.grad[rows], weight[part, None]
-            pulled = (grad @ v.mT).sub_((grad * out[part]).sum(1, keepdim=True)).mul_(weights)
-            dq[part] = scale * (pulled @ k)
+            pulled = (grad[part] @ v.mT).sub_((grad[part] * out[part]).sum(1, keepdim=True)).mul_(weights)
+            torch.mm(pulled, k, out=dq[part])
             if len(to) < stop:
                 weights, pulled = weights.index_select(1, to), pulled.index_select(1, to)
-            dv[: len(to)].addmm_(weights.mT, grad * w)
-            dk[: len(to)].addmm_(pulled.mT, q * w)
-        return out, dq, dk, dv
+            dv[: len(to)].addmm_(weights.mT, grad[part] * weight[part, None])
+            dk[: len(to)].addmm_(pulled.mT, q[part] * weight[part, None])
+        return out, dq.mul_(scale), dk, dv
 
     def _approximate(self, samples: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The weighted sums dK (S, n, d) and dV (S, n, d_v) of each sample, in one pass over the keys: with ``e_ij`` the kernel,
         ``dV_j = sum_i w_i e_ij G_i / den_i``, and dK from the gradient ``w_i (V_j - O_i) . G_i / den_i`` in ``e_ij``."""
         assert self.grad is not None and self.denominators is not None
+        causal = self.approximation.causal
         dk, dv = (t.repeat(len(samples), 1, 1) for t in self._empty_sums())
-        k = self.k.detach().requires_grad_()
-        for a in range(0, len(self.keys), _KEYS):
-            to, part = self.keys[a : a + _KEYS], slice(a, a + _KEYS)
+        for to, dk_part, dv_part in zip(
+            *(t.split(_KEYS[causal], -2) for t in (self.keys[:, None], dk, dv)), strict=True
+        ):
+            to = to[:, 0]
+            k, v = self.k[to].requires_grad_(), self.v[to]
             with torch.enable_grad():
-                kernel = self.approximation.kernel(k, to)
+                kernel = self.approximation.kernel(k, to, self.k)
             for s, (index, weight) in enumerate(zip(samples, weights, strict=True)):
-                if self.approximation.causal:
+                if causal:
                     after = index % self.length >= to[0]
                     index, weight = index[after], weight[after]
-                for rows, w in zip(index.split(_PAIRS // _KEYS), weight.split(_PAIRS // _KEYS), strict=True):
+                count = max(1, _PAIRS // len(to))
+                for rows, w in zip(index.split(count), weight.split(count), strict=True):
                     grad = self.grad[rows] * (w / self.denominators[rows])[:, None]
                     with torch.enable_grad():
                         values = kernel(self.q[rows], rows % self.length)
-                    pull = (grad @ self.v[to].mT).sub_((grad * self.out[rows]).sum(1, keepdim=True))
-                    dv[s, part].addmm_(values.detach().mT, grad)
-                    dk[s, part] += torch.autograd.grad(values, k, pull, retain_graph=True)[0][to]
+                    pull = (grad @ v.mT).sub_((grad * self.out[rows]).sum(1, keepdim=True))
+                    dv_part[s].addmm_(values.detach().mT, grad)
+                    dk_part[s] += torch.autograd.grad(values, k, pull, retain_graph=True)[0]
         return dk, dv
 
     def _empty_sums(self) -> tuple[Tensor, Tensor]:

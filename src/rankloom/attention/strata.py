@@ -1,19 +1,20 @@
 r"""Sums over many rows, and squared norms of such sums, from a few rows drawn in strata.
 
-``N`` rows are ordered by falling ``difficulty``: the top ``M/4`` are all taken, strata of ``3M/4``, ``3M`` and the remaining rows
-give ``M/4`` samples each, in ``R`` replicates drawn independently of each other (without replacement within one), of ``m`` rows
-per stratum. (Cochran, Sampling Techniques, chapter 5.) Keys are drawn in the same way, in a single replicate.
+``N`` rows are ordered by falling difficulty: the top ``M/4`` are all taken, strata of ``3M/4``, ``3M`` and the remaining rows
+give ``M/4`` samples each, in ``R`` replicates drawn independently with replacement, of ``m`` rows per stratum.
+(Cochran, Sampling Techniques, chapter 5.) Keys are drawn in the same way.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-__all__ = ["FEWEST", "Sample", "SumOfRows", "stratify", "sum_of_rows", "total"]
+__all__ = ["FEWEST", "Sample", "SumOfRows", "stratify", "sum_at_keys", "sum_of_rows", "total"]
 
 _REPLICATES = 8
 FEWEST = 64  # two rows per stratum and replicate, and as many on top
@@ -48,24 +49,27 @@ class Sample:
         return top, drawn.view(self.drawn.shape)
 
 
-def stratify(
-    difficulty: Tensor, rows: int, generator: torch.Generator | None = None, *, replicates: int = _REPLICATES
-) -> Sample:
-    """About ``rows >= FEWEST`` of the rows ranked by ``difficulty`` (N,); all of them where there are no more than that."""
-    count, each = len(difficulty), rows // (4 * replicates)
-    order = difficulty.argsort(descending=True)
+def stratify(difficulties: Sequence[Tensor], rows: int, generator: torch.Generator | None = None) -> Sample:
+    """About ``rows >= FEWEST`` of the rows, by the highest of their ranks in several ``difficulties`` (N,), as no single one
+    finds all that are hard; all of them where there are no more than that."""
+    count, each = len(difficulties[0]), rows // (4 * _REPLICATES)
+    order = torch.arange(count, device=difficulties[0].device)
     if count <= rows:
-        return Sample(order, order.new_empty(0, 0, 0), difficulty.new_empty(0))
-    quarter = each * replicates
+        return Sample(order, order.new_empty(0, 0, 0), difficulties[0].new_empty(0))
+    quarter = each * _REPLICATES
+    ordered = min(16 * quarter, count)  # the order within the last stratum is of no matter
+    ranks = torch.zeros_like(order)
+    places = torch.arange(ordered, 0, -1, device=order.device)
+    for difficulty in difficulties:
+        leading = difficulty.topk(ordered).indices
+        ranks[leading] = ranks[leading].maximum(places)
+    order = ranks.argsort(descending=True)
     top, *strata = order.tensor_split([quarter, 4 * quarter, 16 * quarter])
     top = torch.cat([top, *(s for s in strata if len(s) <= quarter)])
     strata = [s for s in strata if len(s) > quarter]
-
-    def draw(stratum: Tensor) -> Tensor:
-        return stratum[torch.randperm(len(stratum), generator=generator)[:each].to(stratum.device)]
-
-    drawn = torch.stack([torch.stack([draw(s) for s in strata]) for _ in range(replicates)])
-    return Sample(top, drawn, torch.tensor([float(len(s)) for s in strata], device=order.device))
+    size = _REPLICATES, each
+    drawn = [s[torch.randint(len(s), size, generator=generator).to(s.device)] for s in strata]
+    return Sample(top, torch.stack(drawn, 1), torch.tensor([float(len(s)) for s in strata], device=order.device))
 
 
 def total(sample: Sample, top: Tensor, drawn: Tensor) -> tuple[float, float]:
@@ -93,54 +97,69 @@ def _stratified(sample: Sample, top: Tensor, drawn: Tensor) -> tuple[float, floa
 
 @dataclass(frozen=True)
 class SumOfRows:
-    """``D = sum_i D_i`` from replicates: their ``mean``, the trace of its ``variance``, and ``|D|^2`` with its upper limit."""
+    """``D = sum_i D_i`` from replicates: their ``mean``, the trace of its ``variance``, and ``|D|^2`` with its upper limit.
+
+    ``spread`` is the variance of ``squared_norm``, ``unseen`` what the limit keeps in reserve for terms that were not drawn.
+    """
 
     mean: Tensor
     variance: float
     squared_norm: float
-    upper: float
+    spread: float
+    unseen: float = 0.0
+
+    @property
+    def upper(self) -> float:
+        return max(self.squared_norm, 0.0) + _STUDENT * math.sqrt(self.spread) + self.unseen
 
 
-def sum_of_rows(replicates: Tensor, keys: Sample | None = None) -> SumOfRows:
-    """What independent unbiased estimates ``D_r`` (R, ...) of ``D`` say about it.
+def sum_of_rows(cells: Tensor) -> SumOfRows:
+    """What independent unbiased estimates of ``D`` say about it: ``cells`` (R, G, ...), ``D_rg`` from a sample ``r`` of rows and,
+    where these are sums over keys too, a sample ``g`` of keys; ``R`` or ``G`` is 1 where all are taken.
 
-    The squared norm of their mean is biased by its own variance, ``E |mean|^2 = |D|^2 + trace Var(mean)``. Subtracting the
-    estimate of that leaves the products of different replicates, unbiased as the replicates are independent:
+    The squared norm of their mean is biased by its own variance, ``E |mean|^2 = |D|^2 + trace Var(mean)``. The products of cells
+    that have neither rows nor keys in common are not,
 
-        |D|^2 ~ |mean|^2 - sum_r |D_r - mean|^2 / (R (R - 1))  =  sum_{r != s} <D_r, D_s> / (R (R - 1)),
+        |D|^2 ~ sum_{r != s, g != h} <D_rg, D_sh> / (R (R - 1) G (G - 1)),
 
-    a U-statistic; its variance comes from the jackknife over replicates, which errs upwards (Efron and Stein, 1981). The limit
-    is 4.5 standard errors above. A single replicate is ``D`` itself.
-
-    *Some keys.* Where ``D`` has a row for every key, ``D_r`` (R, M, d) may hold those of the ``keys`` of a sample alone. The
-    products are sums over keys, of which ``_stratified`` then gives the estimate, the variance that is added to the jackknife's
-    (whose expectation is no smaller for a few keys than for all of them), and the reserve for skew.
+    a U-statistic; its variance comes from the jackknife over the samples of rows, and that over the samples of keys. Each errs
+    upwards (Efron and Stein, 1981). The limit is 4.5 standard errors above.
 
     *How far above.* Where the ``D_i`` point in incoherent directions, ``|D|^2`` is near ``sum_i |D_i|^2``, or ``N s^2``, while
     a product of replicates varies by ``N^2 s^2 / (m sqrt(n))``, with ``n = (tr C)^2 / tr C^2`` the effective dimension of the
     ``D_i``, ``C`` their covariance. So the limit is about ``sqrt(1 + 10 N / (M sqrt(n)))`` times the truth: nine times for one
     row in 256 and ``n = 1000``. The cause is that ``M`` rows cannot tell such a sum from a coherent one of that size, whatever is
     made of them: in simulations, Hoeffding's unbiased variance and fewer standard errors tightened it by 10 to 25 %, and lost
-    coverage for ``n`` near 1. Only more rows help, or rows that differ less.
+    coverage for ``n`` near 1. Only more rows help, or rows that differ less. For sums over keys too, ``K`` of ``L`` sampled,
+    the same holds with ``N L / (M K)`` where errors are as incoherent from key to key, as those of wide factors are.
     """
-    count, mean = len(replicates), replicates.mean(0)
-    between = unseen = 0.0
-    if keys is not None and len(keys.sizes):
-        parts = keys.parts(_products(replicates))
-        _, between, unseen = _stratified(keys, *parts)
-        weights = torch.cat([torch.ones_like(parts[0]), keys.weights.flatten().to(parts[0])])
-        replicates = replicates * weights.sqrt().to(replicates)[:, None]
-    flat = replicates.flatten(1)
-    gram = (flat @ flat.mT).double()
-    if count == 1:
-        return SumOfRows(mean, 0.0, float(gram), float(gram) + _STUDENT * math.sqrt(between) + unseen)
-    across = gram.sum(1) - gram.diagonal()
-    estimate = across.sum() / (count * (count - 1))
-    leave_one_out = (across.sum() - 2 * across) / ((count - 1) * (count - 2))
-    jackknife = (count - 1) * leave_one_out.var(correction=0)
-    variance = (gram.diagonal().mean() - estimate) / count
-    upper = estimate.clamp(min=0) + _STUDENT * (jackknife + between).sqrt() + unseen
-    return SumOfRows(mean, float(variance), float(estimate), float(upper))
+    counts, flat = cells.shape[:2], cells.flatten(2).flatten(0, 1)
+    gram = (flat @ flat.mT).double().view(*counts, *counts)
+    biased = float(gram.mean())
+    for axis, count in enumerate(counts):
+        if count > 1:
+            gram.diagonal(dim1=axis, dim2=axis + 2).zero_()
+    products, pairs = gram.sum((2, 3)), math.prod(count * max(count - 1, 1) for count in counts)
+    squared, spread = products.sum() / pairs, 0.0
+    for axis, count in enumerate(counts):
+        if count > 1:
+            leave_one_out = (products.sum() - 2 * products.sum(1 - axis)) * count / ((count - 2) * pairs)
+            spread += (count - 1) * float(leave_one_out.var(correction=0))
+    return SumOfRows(cells.mean((0, 1)), biased - float(squared), float(squared), spread)
+
+
+def sum_at_keys(replicates: Tensor, keys: Sample) -> SumOfRows:
+    """The same of a ``D`` with a row for every key, whose replicates (R, M, d) hold those of a sample of ``keys`` alone.
+
+    The products of replicates are sums over keys, of which ``_stratified`` then gives the estimate, the variance that is added to
+    the jackknife's (whose expectation is no smaller for a few keys than for all of them), and the reserve for skew.
+    """
+    products = keys.parts(_products(replicates))
+    _, between, unseen = _stratified(keys, *products)
+    weights = (keys.weights / max(len(keys.drawn), 1)).expand(keys.drawn.shape).flatten()
+    weights = torch.cat([torch.ones_like(products[0]), weights.to(products[0])])
+    found = sum_of_rows((replicates * weights.sqrt().to(replicates)[:, None])[:, None])
+    return replace(found, spread=found.spread + between, unseen=unseen)
 
 
 def _products(replicates: Tensor) -> Tensor:
