@@ -19,8 +19,9 @@ import rankloom
 from rankloom import Calibration, Recipe
 from rankloom.adapters import LayerAdapterPart
 from rankloom.errors import TargetError
+from rankloom.layers import layer_of
 from rankloom.quantized import dense, is_quantized
-from rankloom.targets import Target, layer_of
+from rankloom.targets import Target
 
 VOCAB = 40
 

@@ -13,7 +13,7 @@ from rankloom.attended import AttentionSite, BlockSite, follow, unfollow
 from rankloom.blocks import Block
 from rankloom.errors import TargetError
 from rankloom.experts import Experts
-from rankloom.targets import ExpertLayer
+from rankloom.layers import ExpertLayer
 
 __all__ = ["Attached", "attach_modules", "detach_modules", "refuse_attached", "swap_parameters"]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from rankloom.adapters import Adapter, Binding, FactoredAdapter
 from rankloom.errors import TargetError
 from rankloom.kernels.experts import UpdatedStack, formed_again, updated_stack
-from rankloom.targets import ExpertLayer
+from rankloom.layers import ExpertLayer
 
 __all__ = ["Experts", "refuse_on_experts"]
 

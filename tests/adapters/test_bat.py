@@ -12,7 +12,7 @@ from rankloom.adapters import BAT, BATAdapter
 from rankloom.errors import RecipeError, TargetError
 from rankloom.init import OwnStart
 from rankloom.kernels import materialized
-from rankloom.targets import LinearLayer
+from rankloom.layers import LinearLayer
 
 SHAPES = [(8, 12, 4), (7, 12, 4), (8, 10, 3), (5, 4, 3), (6, 6, 6), (3, 5, 1)]
 every_shape = pytest.mark.parametrize(("out", "width", "rank"), SHAPES)

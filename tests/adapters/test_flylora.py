@@ -14,7 +14,8 @@ from rankloom import Recipe, Targets
 from rankloom.adapters import FlyLoRA, FlyLoRAAdapter
 from rankloom.errors import ArtifactError, RankloomError, RecipeError, TargetError
 from rankloom.init import OwnStart
-from rankloom.targets import Conv2dLayer, LinearLayer, Target
+from rankloom.layers import Conv2dLayer, LinearLayer
+from rankloom.targets import Target
 from tests import zoo
 
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from rankloom.adapters import FourierFT
 from rankloom.errors import RecipeError, TargetError
-from rankloom.targets import LinearLayer, Target
+from rankloom.layers import LinearLayer
+from rankloom.targets import Target
 
 SHAPES = [(5, 8), (8, 5), (6, 6), (7, 9), (1, 4), (4, 1)]
 

@@ -17,7 +17,8 @@ from rankloom.errors import RecipeError, TargetError
 from rankloom.init import OwnStart
 from rankloom.kernels import materialized
 from rankloom.kernels.cosines import cosine_rows
-from rankloom.targets import LinearLayer, Target
+from rankloom.layers import LinearLayer
+from rankloom.targets import Target
 from tests import zoo
 
 SHAPES = [(5, 8), (8, 5), (6, 6)]

@@ -13,7 +13,7 @@ from rankloom.adapters import MiSS, MiSSAdapter
 from rankloom.errors import RecipeError, TargetError
 from rankloom.init import OwnStart
 from rankloom.kernels import shard_linear, shard_sum
-from rankloom.targets import LinearLayer
+from rankloom.layers import LinearLayer
 
 CASES = [(6, 12, 4, None), (6, 13, 4, None), (6, 3, 3, None), (6, 12, 4, 3), (6, 13, 5, 2), (6, 12, 4, 6), (6, 7, 1, 1)]
 every_case = pytest.mark.parametrize(("out", "width", "rank", "mini"), CASES)

@@ -16,7 +16,8 @@ from rankloom.adapters import NOLA, NOLAAdapter
 from rankloom.errors import ArtifactError, RecipeError, TargetError
 from rankloom.init import OwnStart
 from rankloom.kernels.generated import uniform
-from rankloom.targets import LinearLayer, Target
+from rankloom.layers import LinearLayer
+from rankloom.targets import Target
 from tests import zoo
 
 SMALL = NOLA(rank=3, alpha=6.0, bases=7, seed=4)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rankloom.adapters import LowRankAdapter
-from rankloom.targets import LinearLayer
+from rankloom.layers import LinearLayer
 
 CORES, TRAINED = ("identity", "diagonal", "square"), ("all", "A", "B", "core", "B+core")
 

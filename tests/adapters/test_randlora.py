@@ -16,7 +16,8 @@ from rankloom.errors import RecipeError, TargetError
 from rankloom.init import OwnStart
 from rankloom.kernels.generated import signs, uniform
 from rankloom.kernels.scaled import scaled_bases
-from rankloom.targets import LinearLayer, Target
+from rankloom.layers import LinearLayer
+from rankloom.targets import Target
 from tests import zoo
 
 SHAPES = [(5, 8), (8, 5), (6, 6), (7, 9)]

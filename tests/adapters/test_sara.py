@@ -15,7 +15,7 @@ from rankloom.adapters.sara import smallest
 from rankloom.errors import RecipeError, TargetError
 from rankloom.init import OwnStart
 from rankloom.kernels import materialized
-from rankloom.targets import LinearLayer
+from rankloom.layers import LinearLayer
 
 
 def made(fraction: float = 0.3, threshold: float | None = None) -> tuple[SaRAAdapter, LinearLayer]:

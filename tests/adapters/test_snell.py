@@ -13,8 +13,8 @@ from rankloom.adapters import SNELL, LoRA, SNELLAdapter
 from rankloom.errors import CompositionError, RecipeError
 from rankloom.init import OwnStart
 from rankloom.kernels import distances, materialized
+from rankloom.layers import LinearLayer
 from rankloom.rank import SparsityBudget
-from rankloom.targets import LinearLayer
 
 OUT, IN, DIM = 6, 8, 4
 KERNELS, MODES = ("distance", "mixed"), ("hard", "soft", "code")

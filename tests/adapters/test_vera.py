@@ -16,7 +16,8 @@ from rankloom.adapters import VeRA
 from rankloom.errors import ArtifactError, RecipeError
 from rankloom.init import OwnStart
 from rankloom.kernels.generated import uniform
-from rankloom.targets import EmbeddingLayer, LinearLayer, Target
+from rankloom.layers import EmbeddingLayer, LinearLayer
+from rankloom.targets import Target
 from tests import zoo
 
 

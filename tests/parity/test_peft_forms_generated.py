@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.adapters import FourierFT, RandLoRA, VeRA
-from rankloom.targets import LinearLayer, Target
+from rankloom.layers import LinearLayer
+from rankloom.targets import Target
 
 peft = pytest.importorskip("peft")
 

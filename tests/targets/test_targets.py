@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from rankloom import Targets
 from rankloom.errors import TargetError
-from rankloom.targets import find_targets, layer_of, matches, tied_weights, whole_parameters
+from rankloom.layers import layer_of
+from rankloom.targets import find_targets, matches, tied_weights, whole_parameters
 from tests import zoo
 
 

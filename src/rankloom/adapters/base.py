@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.events import Schedule
+from rankloom.layers import EmbeddingLayer, Layer
 from rankloom.parts import Part
-from rankloom.targets import EmbeddingLayer, Layer, Target, Targets, find_targets
+from rankloom.targets import Target, Targets, find_targets
 
 __all__ = ["Adapter", "AdapterPart", "Binding", "Dtype", "Form", "Trainable", "adapter_dtype"]
 

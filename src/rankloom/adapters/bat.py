@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from rankloom.adapters.base import AdapterPart, Dtype, adapter_dtype
 from rankloom.adapters.materialized import MaterializedAdapter
 from rankloom.errors import RecipeError, TargetError
+from rankloom.layers import Layer
 from rankloom.parts import part
-from rankloom.targets import Layer, Target
+from rankloom.targets import Target
 
 __all__ = ["BAT", "BATAdapter"]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rankloom.adapters.factored import FactoredAdapter
+from rankloom.layers import Layer
 from rankloom.linalg import randomized_svd
-from rankloom.targets import Layer
 
 __all__ = ["ChainAdapter", "chained"]
 

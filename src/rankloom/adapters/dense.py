@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankloom.adapters.base import Adapter, AdapterPart, Dtype, adapter_dtype
+from rankloom.layers import Layer
 from rankloom.parts import part
-from rankloom.targets import Layer, Target
+from rankloom.targets import Target
 
 __all__ = ["Dense", "DenseAdapter"]
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from rankloom.adapters.factored import dropout
 from rankloom.adapters.lora import LoRA, LowRankAdapter
 from rankloom.kernels import dora_linears
+from rankloom.layers import Layer
 from rankloom.parts import part
-from rankloom.targets import Layer, Target
+from rankloom.targets import Target
 
 __all__ = ["DoRA", "DoRAAdapter"]
 

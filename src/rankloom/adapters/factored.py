@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rankloom.adapters.base import Adapter
 from rankloom.kernels import Linear, lowrank_linears
-from rankloom.targets import Layer, LinearLayer
+from rankloom.layers import Layer, LinearLayer
 
 __all__ = ["FactoredAdapter", "dropout", "frozen_operands"]
 

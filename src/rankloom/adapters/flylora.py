@@ -13,8 +13,9 @@ from rankloom.adapters.seeded import SeededAdapter
 from rankloom.errors import RankloomError, RecipeError, TargetError
 from rankloom.events import Schedule
 from rankloom.kernels.generated import normal, words
+from rankloom.layers import Conv1DLayer, Conv2dLayer, Layer, LinearLayer
 from rankloom.parts import part
-from rankloom.targets import Conv1DLayer, Conv2dLayer, Layer, LinearLayer, Target
+from rankloom.targets import Target
 
 __all__ = ["FlyLoRA", "FlyLoRAAdapter", "LoadBalance"]
 

@@ -14,8 +14,9 @@ from rankloom.adapters.seeded import SeededAdapter, require_room
 from rankloom.errors import RecipeError
 from rankloom.kernels.fourier import fourier_sum
 from rankloom.kernels.generated import choice
+from rankloom.layers import Layer
 from rankloom.parts import part
-from rankloom.targets import Layer, Target
+from rankloom.targets import Target
 
 __all__ = ["FourierFT", "FourierFTAdapter"]
 

@@ -13,8 +13,9 @@ from rankloom.adapters.base import Adapter, AdapterPart, Dtype, adapter_dtype
 from rankloom.adapters.factored import frozen_operands
 from rankloom.errors import RecipeError, TargetError
 from rankloom.kernels import Linear, lowrank_linears
+from rankloom.layers import EmbeddingLayer, Layer
 from rankloom.parts import part
-from rankloom.targets import EmbeddingLayer, Layer, Target
+from rankloom.targets import Target
 
 __all__ = ["Hydra", "HydraAdapter"]
 

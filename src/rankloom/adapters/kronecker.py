@@ -23,8 +23,8 @@ from rankloom.kernels import (
     kronecker_product,
     materialized_linear,
 )
+from rankloom.layers import Conv2dLayer, EmbeddingLayer, Layer
 from rankloom.linalg import kronecker_sum
-from rankloom.targets import Conv2dLayer, EmbeddingLayer, Layer
 
 __all__ = ["KroneckerAdapter"]
 

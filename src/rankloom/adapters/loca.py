@@ -16,8 +16,9 @@ from rankloom.errors import RecipeError
 from rankloom.events import Schedule
 from rankloom.kernels.cosines import cosine_rows, cosine_waves, snapped
 from rankloom.kernels.separable import separable_sum
+from rankloom.layers import Layer
 from rankloom.parts import part
-from rankloom.targets import Layer, Target
+from rankloom.targets import Target
 
 __all__ = ["Alternation", "LoCA", "LoCAAdapter"]
 

@@ -12,8 +12,9 @@ from rankloom.adapters.base import Dtype, adapter_dtype
 from rankloom.adapters.factored import FactoredAdapter
 from rankloom.adapters.materialized import MaterializedAdapter
 from rankloom.adapters.patterned import PatternedPart
+from rankloom.layers import EmbeddingLayer, Layer
 from rankloom.parts import part
-from rankloom.targets import EmbeddingLayer, Layer, Target
+from rankloom.targets import Target
 
 __all__ = ["LoHa", "LoHaAdapter"]
 

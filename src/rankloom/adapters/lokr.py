@@ -14,9 +14,10 @@ from rankloom.adapters.kronecker import KroneckerAdapter
 from rankloom.adapters.patterned import PatternedPart
 from rankloom.errors import RecipeError
 from rankloom.kernels import Terms
+from rankloom.layers import Conv2dLayer, Layer
 from rankloom.linalg import divisors
 from rankloom.parts import part
-from rankloom.targets import Conv2dLayer, Layer, Target
+from rankloom.targets import Target
 
 __all__ = ["LoKr", "LoKrAdapter", "sides"]
 

@@ -14,8 +14,9 @@ from rankloom.adapters.base import AdapterPart, Dtype, adapter_dtype
 from rankloom.adapters.factored import FactoredAdapter
 from rankloom.adapters.patterned import last_match, require_matches
 from rankloom.errors import RecipeError, TargetError
+from rankloom.layers import Layer, LinearLayer
 from rankloom.parts import part
-from rankloom.targets import Layer, LinearLayer, Target
+from rankloom.targets import Target
 
 __all__ = ["SCALINGS", "LoRA", "LowRankAdapter", "Rank"]
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rankloom.adapters.base import Adapter
 from rankloom.kernels import Update, materialize, materialized_linear
-from rankloom.targets import Conv1DLayer, Layer, LinearLayer
+from rankloom.layers import Conv1DLayer, Layer, LinearLayer
 
 __all__ = ["MaterializedAdapter"]
 

@@ -12,8 +12,9 @@ from rankloom.adapters.base import AdapterPart, Dtype, adapter_dtype
 from rankloom.adapters.factored import FactoredAdapter, frozen_operands
 from rankloom.errors import RecipeError, TargetError
 from rankloom.kernels import shard_linear, shard_sum
+from rankloom.layers import Conv1DLayer, EmbeddingLayer, Layer, LinearLayer
 from rankloom.parts import part
-from rankloom.targets import Conv1DLayer, EmbeddingLayer, Layer, LinearLayer, Target
+from rankloom.targets import Target
 
 __all__ = ["MiSS", "MiSSAdapter"]
 

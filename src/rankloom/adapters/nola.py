@@ -14,8 +14,9 @@ from rankloom.adapters.seeded import BankedPart, SeededAdapter, require_dropout,
 from rankloom.errors import RecipeError
 from rankloom.kernels.bank import Bank
 from rankloom.kernels.combine import combine
+from rankloom.layers import EmbeddingLayer, Layer
 from rankloom.parts import part
-from rankloom.targets import EmbeddingLayer, Layer, Target
+from rankloom.targets import Target
 
 __all__ = ["NOLA", "NOLAAdapter"]
 

@@ -25,8 +25,9 @@ from rankloom.adapters.seeded import (
 from rankloom.errors import RecipeError
 from rankloom.kernels.bank import Bank, Entries, StoredBank
 from rankloom.kernels.scaled import scaled_bases
+from rankloom.layers import Conv1DLayer, Layer, LinearLayer
 from rankloom.parts import part
-from rankloom.targets import Conv1DLayer, Layer, LinearLayer, Target
+from rankloom.targets import Target
 
 __all__ = ["RandLoRA", "RandLoRAAdapter"]
 

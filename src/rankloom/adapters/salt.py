@@ -12,9 +12,10 @@ from rankloom.adapters.base import AdapterPart, Binding, Dtype, adapter_dtype
 from rankloom.adapters.factored import FactoredAdapter
 from rankloom.errors import RecipeError, TargetError
 from rankloom.events import Schedule
+from rankloom.layers import Layer
 from rankloom.linalg import truncated_svd
 from rankloom.parts import part
-from rankloom.targets import Layer, Target
+from rankloom.targets import Target
 
 __all__ = ["SALT", "SALTAdapter"]
 

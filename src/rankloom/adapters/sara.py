@@ -13,9 +13,10 @@ from rankloom.adapters.base import AdapterPart, Binding, Dtype, adapter_dtype
 from rankloom.adapters.materialized import MaterializedAdapter
 from rankloom.errors import RecipeError, TargetError
 from rankloom.events import Schedule, broadcast
+from rankloom.layers import Layer
 from rankloom.linalg import polar_factor
 from rankloom.parts import part
-from rankloom.targets import Layer, Target
+from rankloom.targets import Target
 
 __all__ = ["SaRA", "SaRAAdapter", "SaRASchedule", "smallest"]
 

@@ -12,8 +12,9 @@ from rankloom.adapters.base import AdapterPart, Dtype, adapter_dtype
 from rankloom.adapters.factored import FactoredAdapter, dropout, frozen_operands
 from rankloom.errors import RecipeError, TargetError
 from rankloom.kernels.selected import Side, selected_linear
+from rankloom.layers import Conv1DLayer, Layer, LinearLayer
 from rankloom.parts import part
-from rankloom.targets import Conv1DLayer, Layer, LinearLayer, Target
+from rankloom.targets import Target
 
 __all__ = ["Selected", "SelectedAdapter"]
 

@@ -14,9 +14,10 @@ from rankloom.adapters.materialized import MaterializedAdapter
 from rankloom.errors import RecipeError
 from rankloom.kernels import row_blocks
 from rankloom.kernels.distances import distance_difference, grid
+from rankloom.layers import Layer
 from rankloom.linalg import kth_smallest
 from rankloom.parts import part
-from rankloom.targets import Layer, Target
+from rankloom.targets import Target
 
 __all__ = ["SNELL", "SNELLAdapter"]
 

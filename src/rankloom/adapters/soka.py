@@ -14,9 +14,10 @@ from rankloom.adapters.kronecker import KroneckerAdapter
 from rankloom.adapters.patterned import last_match
 from rankloom.errors import RecipeError, TargetError
 from rankloom.kernels import Terms
+from rankloom.layers import Layer
 from rankloom.linalg import balanced_sides
 from rankloom.parts import part
-from rankloom.targets import Layer, Target
+from rankloom.targets import Target
 
 __all__ = ["SoKA", "SoKAAdapter"]
 

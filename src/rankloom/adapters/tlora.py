@@ -16,6 +16,7 @@ from rankloom.adapters.factored import frozen_operands
 from rankloom.errors import RecipeError
 from rankloom.events import Schedule
 from rankloom.kernels import Update, digits_worth, materialized_linear
+from rankloom.layers import Conv2dLayer, EmbeddingLayer, Layer
 from rankloom.linalg import (
     chain,
     kronecker_sum,
@@ -29,7 +30,7 @@ from rankloom.linalg import (
     rows_times_kronecker,
 )
 from rankloom.parts import part
-from rankloom.targets import Conv2dLayer, EmbeddingLayer, Layer, Target
+from rankloom.targets import Target
 
 __all__ = ["RingPenalty", "TLoRA", "TLoRAAdapter"]
 

@@ -13,8 +13,9 @@ from rankloom.adapters.factored import FactoredAdapter
 from rankloom.adapters.seeded import BankedPart, Basis, SeededAdapter, require_dropout, require_seed, stored_banks
 from rankloom.errors import RecipeError
 from rankloom.kernels.bank import Bank, StoredBank
+from rankloom.layers import EmbeddingLayer, Layer
 from rankloom.parts import part
-from rankloom.targets import EmbeddingLayer, Layer, Target
+from rankloom.targets import Target
 
 __all__ = ["VeRA", "VeRAAdapter"]
 

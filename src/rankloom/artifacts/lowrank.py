@@ -10,8 +10,8 @@ from torch import Tensor
 
 from rankloom.adapters import Binding, ChainAdapter, DoRAAdapter, LowRankAdapter
 from rankloom.artifacts.merge import wide_delta
+from rankloom.layers import Layer
 from rankloom.linalg import randomized_svd
-from rankloom.targets import Layer
 
 __all__ = ["Cut", "Factors", "Held", "compact", "factorised", "overall_error", "padded", "product_norm"]
 

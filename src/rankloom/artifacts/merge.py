@@ -16,7 +16,7 @@ from rankloom.adapters import Binding
 from rankloom.artifacts.handle import Handle, by_module
 from rankloom.artifacts.probe import make_probe, outputs
 from rankloom.errors import ArtifactError
-from rankloom.targets import ExpertLayer
+from rankloom.layers import ExpertLayer
 
 __all__ = [
     "Drift",

@@ -23,7 +23,7 @@ from rankloom.artifacts.probe import outputs
 from rankloom.artifacts.store import versions
 from rankloom.artifacts.whole import Whole, whole_entries
 from rankloom.errors import ArtifactError
-from rankloom.targets import Conv1DLayer, Conv2dLayer, EmbeddingLayer, LinearLayer
+from rankloom.layers import Conv1DLayer, Conv2dLayer, EmbeddingLayer, LinearLayer
 
 __all__ = ["export_peft"]
 

@@ -15,7 +15,7 @@ from rankloom.adapters import Binding, ChainAdapter, DoRAAdapter, LowRankAdapter
 from rankloom.artifacts.handle import Handle, by_module
 from rankloom.artifacts.lowrank import Cut, Factors, Held, compact, factorised, padded, product_norm
 from rankloom.artifacts.peft_format import PREFIX, pattern_keys
-from rankloom.targets import Conv1DLayer, Conv2dLayer, EmbeddingLayer, LinearLayer
+from rankloom.layers import Conv1DLayer, Conv2dLayer, EmbeddingLayer, LinearLayer
 
 __all__ = ["Kind", "PeftForm", "native_kind", "peft_form"]
 

@@ -22,8 +22,9 @@ from rankloom.artifacts.store import Stored
 from rankloom.artifacts.targeting import require_targeted, targets_for
 from rankloom.artifacts.whole import whole_tensors
 from rankloom.errors import ArtifactError, near_names
+from rankloom.layers import Conv2dLayer, EmbeddingLayer, Layer, layer_of
 from rankloom.recipe import Recipe
-from rankloom.targets import Conv2dLayer, EmbeddingLayer, Layer, exact_pattern, layer_of
+from rankloom.targets import exact_pattern
 
 __all__ = ["import_peft"]
 

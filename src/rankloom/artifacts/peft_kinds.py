@@ -10,7 +10,8 @@ from rankloom import adapters as ours
 from rankloom.adapters import AdapterPart
 from rankloom.artifacts.peft_format import CONFIG, of_pattern, pattern_keys
 from rankloom.errors import ArtifactError
-from rankloom.targets import Conv1DLayer, Conv2dLayer, Layer, LinearLayer, exact_pattern
+from rankloom.layers import Conv1DLayer, Conv2dLayer, Layer, LinearLayer
+from rankloom.targets import exact_pattern
 
 __all__ = ["KINDS", "Config", "PeftKind", "of_type"]
 

@@ -15,7 +15,7 @@ from rankloom.artifacts.peft_banks import from_rows
 from rankloom.artifacts.peft_format import PREFIX
 from rankloom.artifacts.peft_forms import PeftForm
 from rankloom.artifacts.peft_kinds import KINDS, PeftKind
-from rankloom.targets import Conv1DLayer, Conv2dLayer
+from rankloom.layers import Conv1DLayer, Conv2dLayer
 
 __all__ = ["held_form", "obstacle"]
 

@@ -19,8 +19,9 @@ from rankloom.artifacts.targeting import require_targeted, targets_for
 from rankloom.artifacts.whole import whole_tensors
 from rankloom.errors import ArtifactError, RankloomError, near_names
 from rankloom.init import OwnStart
+from rankloom.layers import Conv2dLayer, layer_of
 from rankloom.recipe import Recipe
-from rankloom.targets import Conv2dLayer, Target, layer_of
+from rankloom.targets import Target
 
 __all__ = ["form_recipe"]
 

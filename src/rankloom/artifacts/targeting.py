@@ -11,7 +11,8 @@ from torch import nn
 
 from rankloom.artifacts.peft_format import CONFIG, WEIGHTS, matching, target_patterns
 from rankloom.errors import ArtifactError, TargetError
-from rankloom.targets import Targets, exact_pattern, find_targets, layer_of, whole_parameters
+from rankloom.layers import layer_of
+from rankloom.targets import Targets, exact_pattern, find_targets, whole_parameters
 
 __all__ = ["require_targeted", "targets_for"]
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from rankloom.calibration.data import Calibration, all_reduce, batches_of, quiet
 from rankloom.errors import DataError, TargetError
+from rankloom.layers import Conv2dLayer, EmbeddingLayer, ExpertLayer
 from rankloom.linalg import randomized_svd, truncated_svd
-from rankloom.targets import Conv2dLayer, EmbeddingLayer, ExpertLayer, Target
+from rankloom.targets import Target
 
 __all__ = ["ActivationComponents", "activation_components", "activation_covariances"]
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from rankloom.errors import DataError, GradientError, TargetError
+from rankloom.layers import ExpertLayer
 from rankloom.quantized import differentiable
-from rankloom.targets import ExpertLayer, Target
+from rankloom.targets import Target
 
 __all__ = ["Calibration", "LossFn", "Sink", "all_reduce", "mean_loss", "quiet", "run_pass", "taps"]
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from rankloom.calibration.data import Calibration, all_reduce, run_pass
 from rankloom.calibration.sketch import AlternatingSketch, GradientSVD, Sketch
 from rankloom.errors import GradientError
+from rankloom.layers import Layer
 from rankloom.linalg import truncated_svd
-from rankloom.targets import Layer, Target
+from rankloom.targets import Target
 
 __all__ = ["GradientReport", "exact_gradients", "full_gradients", "gradient_svd"]
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from rankloom.calibration.data import all_reduce
 from rankloom.errors import GradientError, TargetError
+from rankloom.layers import Conv2dLayer, Layer, LinearLayer
 from rankloom.linalg import fix_signs, orthonormal, truncated_svd, two_sided_svd
-from rankloom.targets import Conv2dLayer, Layer, LinearLayer, Target
+from rankloom.targets import Target
 
 __all__ = ["AlternatingSketch", "GradientSVD", "Sketch", "target_generator"]
 

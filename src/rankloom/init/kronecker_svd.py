@@ -11,9 +11,9 @@ from torch import Tensor
 from rankloom.adapters import Binding, SoKAAdapter
 from rankloom.errors import RecipeError
 from rankloom.init.base import InitContext, InitPart
+from rankloom.layers import Layer
 from rankloom.linalg import balanced_sides, elbow, energy_rank, kronecker_svd, rearranged
 from rankloom.parts import part
-from rankloom.targets import Layer
 
 __all__ = ["KroneckerSVD"]
 

@@ -13,9 +13,9 @@ from rankloom.adapters import LowRankAdapter
 from rankloom.errors import CompositionError
 from rankloom.init.base import InitContext, InitPart
 from rankloom.init.reference import Reference
+from rankloom.layers import Layer
 from rankloom.linalg import leading_svd
 from rankloom.parts import part
-from rankloom.targets import Layer
 
 __all__ = ["QuantizationResidual"]
 

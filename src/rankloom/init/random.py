@@ -10,8 +10,8 @@ from torch import Tensor
 
 from rankloom.adapters import LowRankAdapter
 from rankloom.init.base import InitContext, InitPart
+from rankloom.layers import EmbeddingLayer, Layer
 from rankloom.parts import part
-from rankloom.targets import EmbeddingLayer, Layer
 
 __all__ = ["Gaussian", "Kaiming", "kaiming_rows", "start_at_zero"]
 

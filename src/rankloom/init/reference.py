@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rankloom.adapters import Binding
 from rankloom.errors import ArtifactError, near_names
-from rankloom.targets import ExpertLayer
+from rankloom.layers import ExpertLayer
 
 __all__ = ["Reference"]
 
