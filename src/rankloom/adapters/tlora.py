@@ -177,6 +177,8 @@ class TLoRAAdapter(Adapter):
         def rows(_: Tensor | None, span: slice, first: Tensor, last: Tensor) -> Tensor:
             return kronecker_sum(first, last)[span, : self.channels]
 
+        if torch.is_autocast_enabled(x.device.type):  # the kernel multiplies in the dtype it is given
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         whole = Update((self.channels, self.channels), rows, added=False, multiple=self.channels)
         return materialized_linear(x, whole, self.terms(x.dtype), F.linear)
 
