@@ -50,7 +50,8 @@ class Fibonacci:
     """The lattice search of Kiefer (1953): the lowest of ``F - 1`` losses with one minimum, ``F`` a Fibonacci number.
 
     Twelve rates take five runs, wherever the best one lies: a search that needs no idea of where a method's rates are. Of two
-    equal losses the lower rate is kept.
+    equal losses the lower rate is kept. Where rates that are too small and rates that are too large both leave a loss higher
+    than between the first two tried, the minimum is missed: a study has to look at its rows for that.
     """
 
     rates: tuple[float, ...] = LADDER
