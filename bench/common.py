@@ -27,7 +27,7 @@ def provenance(packages: tuple[str, ...] = ("rankloom", "torch", "transformers",
         except PackageNotFoundError:
             versions[package] = None
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": datetime.now().isoformat(timespec="seconds"),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
