@@ -51,10 +51,6 @@ class Bottleneck(LayerAdapterPart):
     kind: ClassVar[str] = "bottleneck"
     hidden: int = 3
 
-    @property
-    def offers(self) -> frozenset[str]:
-        return frozenset({"own start"})
-
     def build(self, target: Target) -> BottleneckAdapter:
         return BottleneckAdapter(target, self.hidden)
 

@@ -70,7 +70,14 @@ class Adapter(Form):
 
 
 class AdapterPart(Part):
-    """Settings that build one adapter per target."""
+    """Settings that build one adapter per target.
+
+    A form has its own start (:meth:`Form.reset`) unless its part offers something else instead, as LoRA's family does.
+    """
+
+    @property
+    def offers(self) -> frozenset[str]:
+        return frozenset({"own start"})
 
     def targets_on(self, model: nn.Module, settings: Targets) -> list[Target]:
         """What of a model the form sits on. Raises :class:`TargetError` as :func:`find_targets` does."""

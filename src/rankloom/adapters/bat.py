@@ -57,10 +57,6 @@ class BAT(AdapterPart):
     rank: int = 64
     dtype: Dtype = "auto"
 
-    @property
-    def offers(self) -> frozenset[str]:
-        return frozenset({"own start"})
-
     def check(self) -> None:
         if self.rank < 1:
             raise RecipeError(f"adapter rank must be at least 1, got {self.rank}")

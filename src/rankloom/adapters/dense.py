@@ -56,7 +56,7 @@ class Dense(AdapterPart):
 
     @property
     def offers(self) -> frozenset[str]:
-        return frozenset({"dense weights", "own start"})
+        return super().offers | {"dense weights"}
 
     def build(self, target: Target) -> DenseAdapter:
         layer = target.layer

@@ -175,10 +175,6 @@ class FlyLoRA(AdapterPart):
     seed: int = 0
     dtype: Dtype = "auto"
 
-    @property
-    def offers(self) -> frozenset[str]:
-        return frozenset({"own start"})
-
     def check(self) -> None:
         if not 1 <= self.active <= self.rank or self.balance_rate < 0:
             raise RecipeError(

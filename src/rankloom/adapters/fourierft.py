@@ -66,10 +66,6 @@ class FourierFT(AdapterPart):
     seed: int = 777
     dtype: Dtype = "auto"
 
-    @property
-    def offers(self) -> frozenset[str]:
-        return frozenset({"own start"})
-
     def check(self) -> None:
         if self.coefficients < 1:
             raise RecipeError(f"FourierFT needs adapter.coefficients >= 1, got {self.coefficients}")

@@ -158,10 +158,6 @@ class GINAttention(LayerAdapterPart):
     seed: int = 0
     dtype: Dtype = "auto"
 
-    @property
-    def offers(self) -> frozenset[str]:
-        return frozenset({"own start"})
-
     def check(self) -> None:
         require_dropout(self.dropout)
         if min(self.hidden, self.multiplier) < 1 or self.sharpness <= 0 or not 0 <= self.cutoff < 1:

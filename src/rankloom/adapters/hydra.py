@@ -111,10 +111,6 @@ class Hydra(AdapterPart):
     dtype: Dtype = "auto"
 
     @property
-    def offers(self) -> frozenset[str]:
-        return frozenset({"own start"})
-
-    @property
     def ranks(self) -> tuple[int, int]:
         """Of the head on the input and of the one on the output."""
         return self.rank, self.rank if self.sequential_rank is None else self.sequential_rank

@@ -131,10 +131,6 @@ class LoCA(AdapterPart):
     form: Form = "auto"
     dtype: Dtype = "auto"
 
-    @property
-    def offers(self) -> frozenset[str]:
-        return frozenset({"own start"})
-
     def check(self) -> None:
         if min(self.coefficients, self.coefficient_steps, self.place_steps) < 1 or self.placing < 0:
             raise RecipeError(

@@ -102,10 +102,6 @@ class LoHa(PatternedPart):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def offers(self) -> frozenset[str]:
-        return frozenset({"own start"})
-
     def build(self, target: Target) -> LoHaAdapter:
         rank, scale = self.rank_of(target.name), self.scale_of(target.name)
         return LoHaAdapter(target.layer, rank, scale, adapter_dtype(self.dtype, target.layer))

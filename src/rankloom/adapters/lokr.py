@@ -100,10 +100,6 @@ class LoKr(PatternedPart):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def offers(self) -> frozenset[str]:
-        return frozenset({"own start"})
-
     def check(self) -> None:
         super().check()
         if self.decompose_factor != -1 and self.decompose_factor < 1:

@@ -72,10 +72,6 @@ class MiSS(AdapterPart):
     mini: int | None = None
     dtype: Dtype = "auto"
 
-    @property
-    def offers(self) -> frozenset[str]:
-        return frozenset({"own start"})
-
     def check(self) -> None:
         if self.rank < 1 or (self.mini is not None and self.mini < 1):
             raise RecipeError(f"adapter rank and mini must be at least 1, got {self.rank} and {self.mini}")

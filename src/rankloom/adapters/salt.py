@@ -116,10 +116,6 @@ class SALT(AdapterPart):
     penalty: float = 0.0
     dtype: Dtype = "auto"
 
-    @property
-    def offers(self) -> frozenset[str]:
-        return frozenset({"own start"})
-
     def check(self) -> None:
         if self.rank < 0 or self.lora_rank < 1:
             raise RecipeError(

@@ -152,10 +152,6 @@ class SaRA(AdapterPart):
     first_phase: int | float = 0.5
     dtype: Dtype = "auto"
 
-    @property
-    def offers(self) -> frozenset[str]:
-        return frozenset({"own start"})
-
     def check(self) -> None:
         if not 0 < self.fraction <= 1:
             raise RecipeError(f"adapter fraction must be in (0, 1], got {self.fraction}")

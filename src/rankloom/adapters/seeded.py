@@ -59,10 +59,6 @@ class SeededAdapter(Adapter):
 class BankedPart(AdapterPart):
     """Settings of a form whose layers take their frozen tensors from banks that the whole model shares."""
 
-    @property
-    def offers(self) -> frozenset[str]:
-        return frozenset({"own start"})
-
     def banks(self, targets: list[Target]) -> tuple[Bank | StoredBank, ...]:
         """Banks large enough for every target."""
         raise NotImplementedError

@@ -103,10 +103,6 @@ class Selected(AdapterPart):
     dropout: float = 0.0
     dtype: Dtype = "auto"
 
-    @property
-    def offers(self) -> frozenset[str]:
-        return frozenset({"own start"})
-
     def check(self) -> None:
         if self.rank < 1:
             raise RecipeError(f"adapter rank must be at least 1, got {self.rank}")

@@ -146,7 +146,7 @@ class SNELL(AdapterPart):
 
     @property
     def offers(self) -> frozenset[str]:
-        return frozenset({"own start", "sparsity"})
+        return super().offers | {"sparsity"}
 
     def check(self) -> None:
         if self.dim < 2 or self.dim % 2:

@@ -114,7 +114,7 @@ class SoKA(AdapterPart):
 
     @property
     def offers(self) -> frozenset[str]:
-        return frozenset({"kronecker terms", "own start"})
+        return super().offers | {"kronecker terms"}
 
     def check(self) -> None:
         if min([self.rank, *self.rank_pattern.values()]) < 1:

@@ -226,10 +226,6 @@ class TLoRA(AdapterPart):
     penalty_weight: float = 1e-3
     dtype: Dtype = "auto"
 
-    @property
-    def offers(self) -> frozenset[str]:
-        return frozenset({"own start"})
-
     def check(self) -> None:
         if min(self.rank, self.transform_rank) < 1:
             raise RecipeError(
