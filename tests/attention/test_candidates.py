@@ -14,6 +14,7 @@ from rankloom.attention.candidates import CANDIDATES, KINDS, Kind, hopeless
 from rankloom.attention.precondition import Preconditioner
 
 DIM, TOKENS, SCALE = 3, 600, 0.5
+TEXTS = {"windowed": 2048}  # how long a text a kind's sizes are asked for, where these few tokens are too few
 EACH = pytest.mark.parametrize("kind", KINDS)
 MASKS = pytest.mark.parametrize("causal", [True, False])
 
@@ -34,7 +35,7 @@ def exact(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 @pytest.mark.parametrize("most", [0, 1, 50, 100, 1000, 4096])
 def test_sizes_ascend_within_what_was_asked(kind: Kind, dim: int, most: int) -> None:
     candidates = CANDIDATES[kind]
-    sizes = candidates.sizes(dim, most, TOKENS)
+    sizes = candidates.sizes(dim, most, TEXTS.get(kind, TOKENS))
     widths = [candidates.width(dim, size) for size in sizes]
     assert widths == sorted(set(widths)) and all(1 <= width <= most for width in widths)
     if kind == "isotropic":
@@ -46,13 +47,17 @@ def test_sizes_ascend_within_what_was_asked(kind: Kind, dim: int, most: int) -> 
         assert all(wide // part == narrow >= 64 for narrow, wide in pairwise(widths))
 
 
+def test_no_window_is_tried_on_a_text_that_it_would_cover() -> None:
+    assert CANDIDATES["windowed"].sizes(64, 4096, 2047) == [] != CANDIDATES["windowed"].sizes(64, 4096, 2048)
+
+
 @EACH
 @MASKS
 def test_the_error_falls_with_the_size(kind: Kind, causal: bool) -> None:
     q, k, v = head()
     preconditioner = Preconditioner.fit(q[0], k, SCALE)
     wanted, found = exact(q, k, v, causal), []
-    for size in CANDIDATES[kind].sizes(DIM, 300, TOKENS)[-3:]:
+    for size in CANDIDATES[kind].sizes(DIM, 300, TEXTS.get(kind, TOKENS))[-3:]:
         choice = CANDIDATES[kind].choose(size, preconditioner, k, torch.Generator().manual_seed(0))
         out, denominators = CANDIDATES[kind].build(choice, preconditioner, causal=causal)(q, k, v)
         assert bool((denominators > 0).all())
@@ -65,7 +70,7 @@ def test_the_error_falls_with_the_size(kind: Kind, causal: bool) -> None:
 def test_a_stored_choice_makes_the_same_again(kind: Kind, causal: bool) -> None:
     q, k, v = head()
     preconditioner, candidates = Preconditioner.fit(q[0], k, SCALE), CANDIDATES[kind]
-    choice = candidates.choose(candidates.sizes(DIM, 100, TOKENS)[-1], preconditioner, k)
+    choice = candidates.choose(candidates.sizes(DIM, 100, TEXTS.get(kind, TOKENS))[-1], preconditioner, k)
     buffer = io.BytesIO()
     torch.save(choice, buffer)
     buffer.seek(0)

@@ -34,6 +34,7 @@ _CUT_DEGREE = 10
 _MOST_LANDMARKS = 1024  # choosing them costs the cube of their number
 _WINDOW, _SINKS, _HEAVY = 256, 4, 0.02
 _MOST_NEAR = 1024
+_WINDOWS = 8  # that a text has to be long for a window to be tried on it
 _NARROWEST = 16  # narrower windows would cost more calls than they are worth
 _HOPELESS = 4.0
 
@@ -134,6 +135,9 @@ class _Near(Candidates):
     verdict = "low-rank"
 
     def sizes(self, dim: int, most: int, tokens: int) -> list[int]:
+        # A window over much of the tokens would reproduce these tokens and say nothing about longer texts.
+        if tokens < _WINDOWS * _WINDOW:
+            return []
         # Quarters, as near its limit each of them takes a full certificate to refuse.
         return CANDIDATES["mehler"].sizes(dim, min(most, _MOST_NEAR), tokens)[::-2][::-1]
 
