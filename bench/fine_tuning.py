@@ -257,7 +257,7 @@ class Bench:
         else:
             changes = dict(self.task.full if method.row == "full" else method.changes)
             if self.task.modules is not None:
-                changes["targets.modules"] = self.task.modules
+                changes.setdefault("targets.modules", self.task.modules)
             config = config.model_copy(update={"method": method.row, "overrides": changes})
             recipe = build_recipe(config, prepared.loaded.new)
             made = rankloom.adapt(model, recipe, data if recipe.init.evidence != "none" else None, seed=seed)

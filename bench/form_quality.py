@@ -5,9 +5,10 @@ quarter of that, where LoRA adapts fewer layers (:data:`FEWER`), and for every f
 that comes nearest to the budget; a form that cannot come within a fifth of it is left out of that budget, and the result says
 so. ``alpha`` keeps its proportion to the rank.
 
-Forms want learning rates that are decades apart, and nobody's grid is fair to all. So each rate is searched blindly: five
-complete runs a form, placed by a Fibonacci search over twelve rates from 1e-6 to 0.3. Then fresh seeds at the best; intervals
-and everything else as in ``gradient_informed.py``, differences to LoRA paired by seed. Ties are ties.
+Forms want learning rates that are decades apart, and nobody's grid is fair to all. So each rate is searched blindly: six
+complete runs a form, at 1e-4, 1e-3 and 1e-2 first, then three times at the untried rate of the ladder (two a decade, 1e-6 to
+0.3) nearest to the best. Then fresh seeds at the best; intervals and everything else as in ``gradient_informed.py``,
+differences to LoRA paired by seed. Ties are ties.
 
     python bench/form_quality.py --budget r8 --json bench/results/form_quality_r8.json
     python bench/form_quality.py --budget r1 --json bench/results/form_quality_r1.json
@@ -27,14 +28,19 @@ import rankloom
 from fine_tuning import TASKS, Bench, Method
 from rankloom.errors import RankloomError
 from rankloom.targets import Target, find_targets
-from search import Fibonacci
+from search import Climb
 from study import Study
 
 NEAR = 0.2
 """How far from the budget a form may stay, as a share of it."""
 BUDGETS = {"r8": 8.0, "r1": 1.0, "quarter": 0.25}
 """LoRA's rank that sets the number of trained parameters."""
-FEWER = {"minilm": ("query", "value"), "language": ("q_proj", "v_proj"), "label-word": ("q_proj", "v_proj")}
+FEWER = {
+    "minilm": ("query", "value"),
+    "language": ("q_proj", "v_proj"),
+    "label-word": ("q_proj", "v_proj"),
+    "digits": ("*._blocks.1[2-5]._project_conv",),
+}
 """What LoRA adapts, at rank 1, where rank 1 on everything is too much."""
 LARGEST = 1 << 14
 MOST = {"vera": 1024}
@@ -148,7 +154,7 @@ def main(argv: list[str]) -> None:
     args, rest = parser.parse_known_args(argv)
     name = f"form_quality_{args.budget}"
     drawn: dict[str, Any] = {"lora": "tab:gray", "dora": "tab:blue"}
-    study = Study(name, __doc__.split("\n")[0], methods(args.task, args.budget), drawn, (args.task,), Fibonacci())
+    study = Study(name, __doc__.split("\n")[0], methods(args.task, args.budget), drawn, (args.task,), Climb())
     study.main(rest)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["LADDER", "Fibonacci", "Grid", "Search"]
+__all__ = ["LADDER", "Climb", "Grid", "Search"]
 
 LADDER = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
@@ -18,8 +18,8 @@ class Search(Protocol):
     def visit(self, found: Mapping[float, float]) -> tuple[list[float], float | None]:
         """The rates that the search has tried, in order, and the next one it wants; None once it is over."""
 
-    def at_edge(self, rate: float) -> bool:
-        """Whether no lower or no higher rate could have been tried."""
+    def at_edge(self, rate: float, found: Mapping[float, float]) -> bool:
+        """Whether the rate below or the one above has not been tried, so that a better one may lie there."""
 
 
 def best(search: Search, found: Mapping[float, float]) -> float | None:
@@ -27,7 +27,7 @@ def best(search: Search, found: Mapping[float, float]) -> float | None:
     visited, wanted = search.visit(found)
     if wanted is not None:
         return None
-    chosen = min(visited, key=lambda rate: found[rate])
+    chosen = min(visited, key=lambda rate: (found[rate], rate))
     return chosen if math.isfinite(found[chosen]) else None
 
 
@@ -41,40 +41,37 @@ class Grid:
         tried = [rate for rate in self.rates if rate in found]
         return tried, next((rate for rate in self.rates if rate not in found), None)
 
-    def at_edge(self, rate: float) -> bool:
+    def at_edge(self, rate: float, found: Mapping[float, float]) -> bool:
         return rate in (self.rates[0], self.rates[-1])
 
 
 @dataclass(frozen=True)
-class Fibonacci:
-    """The lattice search of Kiefer (1953): the lowest of ``F - 1`` losses with one minimum, ``F`` a Fibonacci number.
+class Climb:
+    """Three decades first, then each time the untried rate nearest to the best so far, the higher one of two.
 
-    Twelve rates take five runs, wherever the best one lies: a search that needs no idea of where a method's rates are. Of two
-    equal losses the lower rate is kept. Where rates that are too small and rates that are too large both leave a loss higher
-    than between the first two tried, the minimum is missed: a study has to look at its rows for that.
+    Equally many runs whoever is searched, and no idea of where its rates lie. A loss need not have one minimum: where rates
+    that are too low change nothing, and the least too high ones diverge, a search that halves an interval follows the noise
+    of the plateau, so decades come first. Of two equal losses the lower rate is kept.
     """
 
+    first: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
+    runs: int = 6
     rates: tuple[float, ...] = LADDER
 
     def visit(self, found: Mapping[float, float]) -> tuple[list[float], float | None]:
         tried: list[float] = []
-        short, long = 1, 1
-        while short + long < len(self.rates) + 1:
-            short, long = long, short + long
-        if short + long != len(self.rates) + 1:
-            raise ValueError(f"{len(self.rates)} rates: a Fibonacci search takes one less than a Fibonacci number")
-        before = -1  # the minimum lies in the `short + long - 1` rates after this one
-        while long > 1:
-            low, high = before + short, before + long
-            for rate in dict.fromkeys((self.rates[low], self.rates[high])):
-                if rate not in tried:
-                    if rate not in found:
-                        return tried, rate
-                    tried.append(rate)
-            if found[self.rates[high]] < found[self.rates[low]]:
-                before = low
-            short, long = long - short, short
+        while len(tried) < self.runs:
+            wanted = self.first[len(tried)] if len(tried) < len(self.first) else self._nearest(tried, found)
+            if wanted not in found:
+                return tried, wanted
+            tried.append(wanted)
         return tried, None
 
-    def at_edge(self, rate: float) -> bool:
-        return rate in (self.rates[0], self.rates[-1])
+    def _nearest(self, tried: list[float], found: Mapping[float, float]) -> float:
+        at = self.rates.index(min(sorted(tried), key=lambda rate: found[rate]))
+        left = [place for place, rate in enumerate(self.rates) if rate not in tried]
+        return self.rates[min(left, key=lambda place: (abs(place - at), -place))]
+
+    def at_edge(self, rate: float, found: Mapping[float, float]) -> bool:
+        at, tried = self.rates.index(rate), self.visit(found)[0]
+        return not set(self.rates[max(0, at - 1) : at + 2]) <= set(tried)

@@ -146,14 +146,15 @@ class Study:
         lora = {line["seed"]: line for line in runs.of(bench, method="lora", phase="measured")}
         for method in methods:
             search = self.search(bench, method, given)
-            rate = best(search, searched(runs, bench, method))
+            found = searched(runs, bench, method)
+            rate = best(search, found)
             lines = runs.of(bench, method=method, phase="measured", lr=rate)
             if not lines:
                 continue
             row: dict[str, Any] = {
                 "method": method,
                 "lr": rate,
-                "edge": search.at_edge(rate),
+                "edge": search.at_edge(rate, found),
                 "seeds": len(lines),
             }
             row |= {"trainable": lines[0]["trainable"]}

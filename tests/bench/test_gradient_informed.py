@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -91,23 +92,37 @@ def test_a_diverged_rate_is_never_chosen(study: ModuleType, bench: Any, tmp_path
     assert study.best(study.Grid((1e-2, 1e-1)), found) is None
 
 
-@pytest.mark.parametrize("where", range(12))
-def test_a_fibonacci_search_finds_the_minimum_in_five_runs(study: ModuleType, where: int) -> None:
-    from search import LADDER, Fibonacci
+def climbed(loss: Callable[[float], float]) -> tuple[Any, dict[float, float]]:
+    """A search of the least of these losses, and what it has run."""
+    from search import Climb
 
-    search, found = Fibonacci(), dict[float, float]()
+    search, found = Climb(), dict[float, float]()
     while (wanted := search.visit(found)[1]) is not None:
-        place = LADDER.index(wanted)
-        found[wanted] = float(where - place) if place <= where else math.inf  # falls, then diverges
-    assert len(found) == 5 and study.best(search, found) == LADDER[where]
-    assert search.at_edge(LADDER[where]) is (where in (0, 11))
+        found[wanted] = loss(wanted)
+    return search, found
 
 
-def test_a_fibonacci_search_says_which_ladders_it_takes(study: ModuleType) -> None:
-    from search import Fibonacci
+@pytest.mark.parametrize("where", range(2, 12))
+def test_a_climb_finds_a_minimum_anywhere_from_1e_5_up_in_six_runs(study: ModuleType, where: int) -> None:
+    from search import LADDER
 
-    with pytest.raises(ValueError, match="10 rates: a Fibonacci search takes one less"):
-        Fibonacci(tuple(range(10))).visit({})
+    def loss(rate: float) -> float:  # falls, then diverges
+        return float(where - LADDER.index(rate)) if rate <= LADDER[where] else math.inf
+
+    search, found = climbed(loss)
+    assert len(found) == 6 and study.best(search, found) == LADDER[where]
+
+
+def test_a_climb_is_not_misled_by_a_plateau_of_rates_that_change_nothing(study: ModuleType) -> None:
+    search, found = climbed(lambda rate: 0.4 if rate == 1e-3 else 0.7 if rate > 1e-3 else 0.62 + rate)
+    assert study.best(search, found) == 1e-3 and not search.at_edge(1e-3, found)
+
+
+def test_a_climb_that_was_not_over_says_so(study: ModuleType) -> None:
+    search, found = climbed(lambda rate: -rate)
+    assert study.best(search, found) == 0.3 and not search.at_edge(0.3, found)  # nothing is above it
+    search, found = climbed(lambda rate: rate)
+    assert study.best(search, found) == 1e-5 and search.at_edge(1e-5, found)
 
 
 @pytest.mark.parametrize("gap, width, said", [(-0.2, 0.1, "better"), (0.2, 0.1, "worse"), (-0.1, 0.2, "=")])
