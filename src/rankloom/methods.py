@@ -282,7 +282,8 @@ TABLE: dict[str, Method] = {
         "Trains the leading singular values of the weight between its frozen singular vectors.",
         parameters="r per target",
         deviations="no code was released. What trains is each value's shift, from zero, so step 0 is bit-exact and weight decay "
-        "cannot shrink the pretrained spectrum; init.values=True trains relative shifts instead.",
+        "cannot shrink the pretrained spectrum; init.values=True trains relative shifts instead, and adapter.core='sigmoid' with "
+        "it shares the values' sum out anew, as svf.",
     ),
     "svf": Method(
         Recipe(
@@ -293,9 +294,9 @@ TABLE: dict[str, Method] = {
         "arXiv 2501.06252",
         "Scales every singular value of the weight: W = U diag(S (1 + e)) V^T.",
         parameters="min(in, out) per target",
-        deviations="trained by any loss, where the paper has REINFORCE with a KL term. The scaling starts at exactly one; the "
-        "released code's is a sigmoid of noise around 0.1, renormalised to the weight's nuclear norm. Set targets.modules to "
-        "the mlp layers for its choice of them.",
+        deviations="trained by any loss, where the paper has REINFORCE with a KL term. The scaling starts at exactly one. "
+        "The released code's is a sigmoid, renormalised so that the nuclear norm stays: adapter.core='sigmoid', from 0 where the "
+        "code starts around 0.1 (init.std=0.01 for its noise). Set targets.modules to the mlp layers for its choice of them.",
     ),
     "loldu": Method(
         Recipe(adapter=LoRA(rank=8, alpha=8, core="diagonal", train="core"), init=WeightLU()),
