@@ -539,11 +539,12 @@ TABLE: dict[str, Method] = {
         "arXiv 2501.02393",
         "A small graph network on every decoder layer, whose edges are the layer's own attention where it is strong.",
         parameters="2 d d' + 2 c d'^2 + 2 d + (c + 2) d' + 3 per decoder layer of width d, d' = adapter.hidden, c = "
-        "adapter.multiplier",
+        "adapter.multiplier; and one a head with adapter.aggregate='learned'",
         export="none: it depends on the input and sits on no weight; saved, and served attached",
         deviations="tokens receive from earlier ones; in the released code a filter leaves each its edge to itself "
         "(adapter.edges='self'). All gains start at zero, so step 0 is bit-exact; adapter.start='paper' has them grow with "
-        "depth, to 0.5. Gradients stop at the graph; with adapter.detach_adjacency=False they pass, as in the released code.",
+        "depth, to 0.5. Gradients stop at the graph; with adapter.detach_adjacency=False they pass, as in the released code. The "
+        "learned aggregate weighs heads; the released one is a small network on every entry, which starts near 1/2 on all.",
     ),
     "galore": Method(
         Recipe(targets=EVERYTHING_ELSE, adapter=Dense(), init=OwnStart(), optimizer=Projected(rank=128, every=200)),
