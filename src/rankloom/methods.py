@@ -179,7 +179,8 @@ TABLE: dict[str, Method] = {
         parameters="r (m n + p q) per target with out = m p, in = n q, balanced; r the terms the spectrum asks for, at most rank",
         export=BEST_RANK,
         deviations=OFFSET + " Reconstructed, as no code was released: W itself is decomposed, the factors train "
-        "(adapter.train='sigma' for the weights alone), terms are counted once, by the smaller of 90 % energy and the elbow.",
+        "(adapter.train='sigma' for the weights alone), terms are counted by the smaller of 90 % energy and the elbow, "
+        "once, or, with adapter.truncate_every, anew in training: the update becomes its own leading terms, moments are dropped.",
     ),
     "tlora": Method(
         Recipe(adapter=TLoRA(rank=6, transform_rank=2), init=OwnStart()),
