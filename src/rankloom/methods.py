@@ -380,10 +380,11 @@ TABLE: dict[str, Method] = {
         "Hydra: Multi-head Low-rank Adaptation for Parameter Efficient Fine-tuning",
         "arXiv 2309.06922",
         "A low-rank head on the layer's input and one on its output, both merged into the weight.",
-        parameters="r (in + out) + 2 r_s out per target, r_s = r by default",
+        parameters="r (in + out) + 2 r_s out per target, r_s = r by default; r + r_s + 2 out more with adapter.biases",
         export="exact (rank r + r_s)",
-        deviations="the head on the output reads it without the frozen bias, so that the update is a matrix: what the bias would "
-        "add is a constant, which a bias trained beside (targets.train) can be. Heads have no biases, scale no training.",
+        deviations="heads have no biases, as in the language code, and the one on the output reads it without the frozen bias, "
+        "so that the update is a matrix. With adapter.biases both are as in the vision code, and merged into the layers' own "
+        "biases. The scale is not trained.",
     ),
     "lora-fa": Method(
         Recipe(adapter=LoRA(rank=8, alpha=16, train="B")),
