@@ -371,9 +371,9 @@ TABLE: dict[str, Method] = {
         "arXiv 2503.16055",
         "Scales and shifts the leading singular values; a low-rank matrix acts among the other singular vectors.",
         parameters="2 r + 2 (k - r) q per target, k = min(in, out), q = adapter.lora_rank",
-        deviations="Y starts at zero, so step 0 is bit-exact (the released code's start moves the function). Nothing is clamped: "
-        "adapter.clamp='official' clamps every entry of the core, as released, 'diag' the leading singular values. The "
-        "regulariser's weight is adapter.penalty, 0 by default.",
+        deviations="Y starts at zero, so step 0 is bit-exact (adapter.start='paper' for the random one, which moves the "
+        "function). Nothing is clamped: adapter.clamp='official' clamps every entry of the core, as released, 'diag' the leading "
+        "singular values. The regulariser's weight is adapter.penalty, 0 by default.",
     ),
     "hydra": Method(
         Recipe(adapter=Hydra(rank=4, alpha=4), init=OwnStart()),
