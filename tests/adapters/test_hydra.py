@@ -165,7 +165,9 @@ def test_biases_start_at_zero_train_merge_and_come_out_again(place: str, tmp_pat
         zoo.logits(zoo.merged_copy(handle, zoo.build(kind)), inputs), want, rtol=1e-10, atol=1e-10
     )
     handle.save(tmp_path / "own")
-    handle.merge(inputs)
+    report = handle.merge(inputs)
+    assert report.weights == report.biases == len({b.target.module_name for b in handle.bindings})
+    assert f"merged {report.weights} weights, {report.biases} biases into float64" in str(report)
     torch.testing.assert_close(zoo.logits(model, inputs), want, rtol=1e-10, atol=1e-10)
     handle.unmerge()
     assert torch.equal(zoo.logits(model, inputs), want)

@@ -63,6 +63,7 @@ class MergeReport:
     """What a merge did. ``str(report)`` is one line."""
 
     weights: int
+    biases: int
     whole: int
     dequantized: int
     dtype: str
@@ -72,13 +73,14 @@ class MergeReport:
     seconds: float
 
     def __str__(self) -> str:
+        biases = f", {self.biases} biases" if self.biases else ""
         whole = f" and {self.whole} parameters trained whole" if self.whole else ""
         stored = (
             f" ({self.dequantized} of them dequantised: their storage cannot hold the sum)" if self.dequantized else ""
         )
         untied = f", untied {', '.join(self.untied)}" if self.untied else ""
         measured = str(self.drift) if self.drift else "drift not measured: pass probe=a batch"
-        return f"merged {self.weights} weights{stored}{whole} into {self.dtype}{untied}: {measured}"
+        return f"merged {self.weights} weights{stored}{biases}{whole} into {self.dtype}{untied}: {measured}"
 
 
 @dataclass
@@ -140,6 +142,7 @@ def merge(handle: Handle, probe: Any = None) -> tuple[MergeReport, MergeState]:
         drift = Drift.between(adapted, outputs(handle.model, inputs), base)
     report = MergeReport(
         weights=len(weights),
+        biases=len(biases),
         whole=len(handle.trained_whole()),
         dequantized=dequantized,
         dtype=", ".join(sorted({str(w.dtype).removeprefix("torch.") for w in weights.values()})) or "nothing",

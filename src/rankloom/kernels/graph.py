@@ -145,8 +145,8 @@ class _Rows:
             self.bias = None if rows.dtype == torch.bool else rows
         # A token that does not see itself is padding.
         present = self.visible.gather(-1, tokens.expand(len(self.visible), -1)[..., None])
-        before = {"causal": causal, "past": keys < tokens[:, None], "self": keys == tokens[:, None]}
-        self.possible = self.visible & present & before[self.edges.senders]
+        sends = {"causal": torch.le, "past": torch.lt, "self": torch.eq}[self.edges.senders]
+        self.possible = self.visible & present & sends(keys, tokens[:, None])
         self.total: Tensor | None = None
 
     def probabilities(self, head: int) -> tuple[Tensor, Tensor, Tensor]:
