@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import rankloom
+from rankloom.base import TorchaoInt8
 from rankloom.errors import RecipeError, TargetError
 from rankloom.kernels import lowrank, lowrank_linear
 from tests import zoo
@@ -234,6 +235,26 @@ def test_a_half_precision_base_with_biases() -> None:
     assert losses[-1] < losses[0] and all(p.dtype == torch.float32 for p in handle.parameters())
     handle.merge()
     assert model.transformer.h[0].mlp.c_fc.bias.dtype == torch.bfloat16
+
+
+def test_a_quantised_base_with_biases() -> None:
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    model = zoo.build("llama", dtype=torch.float32, attention_bias=True, hidden_size=32, intermediate_size=64)
+    TorchaoInt8().prepare(model)
+    inputs = zoo.batch("llama")
+    base = zoo.logits(model, inputs)
+    recipe = zoo.recipe_of("hydra").with_({"adapter.biases": True})
+    handle = zoo.adapted(recipe.with_(targets={"modules": ("q_proj", "o_proj")}), model, "llama")
+    assert torch.equal(zoo.logits(model, inputs), base)
+    zoo.train(handle, handle.optimizer(1e-2), zoo.batches("llama"), 3)
+    zoo.perturb(handle, 0.3)
+    want = zoo.logits(model, inputs)
+    report = handle.merge(inputs)
+    assert report.dequantized == report.biases == 4
+    torch.testing.assert_close(zoo.logits(model, inputs), want, rtol=1e-3, atol=1e-3)
+    assert (want - base).abs().max() > 0.1
+    handle.unmerge()
+    assert torch.equal(zoo.logits(handle.detach(), inputs), base)
 
 
 def test_parameters_and_refusals() -> None:
