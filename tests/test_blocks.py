@@ -240,12 +240,12 @@ def left_padded() -> dict[str, Tensor]:
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
-@pytest.mark.parametrize("edges", ["causal", "self"])
+@pytest.mark.parametrize("edges", ["causal", "past", "self"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @torch.no_grad()
 def test_token_by_token_equals_the_full_forward(kind: str, edges: str) -> None:
     model = zoo.build(kind)
-    gin(model, edges=edges)
+    gin(model, edges=edges, aggregate="learned" if edges == "past" else "sum")
     inputs = left_padded()
     full = model(**inputs, use_cache=False).logits
     out = model(inputs["input_ids"][:, :3], attention_mask=inputs["attention_mask"][:, :3], use_cache=True)

@@ -86,7 +86,7 @@ def test_parts_are_entered_by_slot_and_kind() -> None:
         ({"adapter": {"kind": "lora", "rank": 0}}, r"rank must be at least 1"),
         ({"adapter": {"kind": "lora", "rank_pattern": {"q": 0}}}, r"rank must be at least 1"),
         ({"adapter": {"kind": "lora", "dropout": 1.0}}, r"dropout must be in \[0, 1\)"),
-        ({"adapter": {"kind": "lora", "core": "round"}}, r"core: .*'identity', 'diagonal' or 'square'"),
+        ({"adapter": {"kind": "lora", "core": "round"}}, r"core: .*'identity', 'diagonal', 'sigmoid' or 'square'"),
         ({"adapter": {"kind": "lora", "train": "core"}}, r"has no core: set adapter.core"),
         ({"adapter": {"rank": 4}}, r"unknown adapter None"),
         ({"init": "kaimng"}, r"unknown init 'kaimng'; did you mean kaiming"),

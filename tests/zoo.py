@@ -382,6 +382,8 @@ def merged_copy(handle: rankloom.Adaptation, bare: nn.Module) -> nn.Module:
             bare.get_parameter(binding.target.module_name).data[index] += delta.T if transposed else delta
             continue
         module = bare.get_submodule(binding.target.module_name)
+        if (moved := binding.adapter.bias_delta(binding.layer)) is not None:
+            module.bias.data[slice(*(binding.layer.rows or (None,)))] += moved.detach()
         add_to_weight(module, binding.adapter.delta(binding.layer).detach(), binding.layer.rows)
     own = dict(bare.named_parameters())
     for name, parameter in handle.named_parameters().items():

@@ -58,6 +58,12 @@ class Block:
         return self.norm.get_parameter("weight").numel()
 
     @property
+    def heads(self) -> int:
+        """Query heads of the attention."""
+        loose: Any = self.attention
+        return int(loose.config.num_attention_heads)
+
+    @property
     def dtype(self) -> torch.dtype:
         """What the layer computes in, however its matrices are stored."""
         return self.norm.get_parameter("weight").dtype

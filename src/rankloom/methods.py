@@ -179,7 +179,8 @@ TABLE: dict[str, Method] = {
         parameters="r (m n + p q) per target with out = m p, in = n q, balanced; r the terms the spectrum asks for, at most rank",
         export=BEST_RANK,
         deviations=OFFSET + " Reconstructed, as no code was released: W itself is decomposed, the factors train "
-        "(adapter.train='sigma' for the weights alone), terms are counted once, by the smaller of 90 % energy and the elbow.",
+        "(adapter.train='sigma' for the weights alone), terms are counted by the smaller of 90 % energy and the elbow, "
+        "once, or, with adapter.truncate_every, anew in training: the update becomes its own leading terms, moments are dropped.",
     ),
     "tlora": Method(
         Recipe(adapter=TLoRA(rank=6, transform_rank=2), init=OwnStart()),
@@ -282,7 +283,8 @@ TABLE: dict[str, Method] = {
         "Trains the leading singular values of the weight between its frozen singular vectors.",
         parameters="r per target",
         deviations="no code was released. What trains is each value's shift, from zero, so step 0 is bit-exact and weight decay "
-        "cannot shrink the pretrained spectrum; init.values=True trains relative shifts instead.",
+        "cannot shrink the pretrained spectrum; init.values=True trains relative shifts instead, and adapter.core='sigmoid' with "
+        "it shares the values' sum out anew, as svf.",
     ),
     "svf": Method(
         Recipe(
@@ -293,9 +295,9 @@ TABLE: dict[str, Method] = {
         "arXiv 2501.06252",
         "Scales every singular value of the weight: W = U diag(S (1 + e)) V^T.",
         parameters="min(in, out) per target",
-        deviations="trained by any loss, where the paper has REINFORCE with a KL term. The scaling starts at exactly one; the "
-        "released code's is a sigmoid of noise around 0.1, renormalised to the weight's nuclear norm. Set targets.modules to "
-        "the mlp layers for its choice of them.",
+        deviations="trained by any loss, where the paper has REINFORCE with a KL term. The scaling starts at exactly one. "
+        "The released code's is a sigmoid, renormalised so that the nuclear norm stays: adapter.core='sigmoid', from 0 where the "
+        "code starts around 0.1 (init.std=0.01 for its noise). Set targets.modules to the mlp layers for its choice of them.",
     ),
     "loldu": Method(
         Recipe(adapter=LoRA(rank=8, alpha=8, core="diagonal", train="core"), init=WeightLU()),
@@ -369,19 +371,20 @@ TABLE: dict[str, Method] = {
         "arXiv 2503.16055",
         "Scales and shifts the leading singular values; a low-rank matrix acts among the other singular vectors.",
         parameters="2 r + 2 (k - r) q per target, k = min(in, out), q = adapter.lora_rank",
-        deviations="Y starts at zero, so step 0 is bit-exact (the released code's start moves the function). Nothing is clamped: "
-        "adapter.clamp='official' clamps every entry of the core, as released, 'diag' the leading singular values. The "
-        "regulariser's weight is adapter.penalty, 0 by default.",
+        deviations="Y starts at zero, so step 0 is bit-exact (adapter.start='paper' for the random one, which moves the "
+        "function). Nothing is clamped: adapter.clamp='official' clamps every entry of the core, as released, 'diag' the leading "
+        "singular values. The regulariser's weight is adapter.penalty, 0 by default.",
     ),
     "hydra": Method(
         Recipe(adapter=Hydra(rank=4, alpha=4), init=OwnStart()),
         "Hydra: Multi-head Low-rank Adaptation for Parameter Efficient Fine-tuning",
         "arXiv 2309.06922",
         "A low-rank head on the layer's input and one on its output, both merged into the weight.",
-        parameters="r (in + out) + 2 r_s out per target, r_s = r by default",
+        parameters="r (in + out) + 2 r_s out per target, r_s = r by default; r + r_s + 2 out more with adapter.biases",
         export="exact (rank r + r_s)",
-        deviations="the head on the output reads it without the frozen bias, so that the update is a matrix: what the bias would "
-        "add is a constant, which a bias trained beside (targets.train) can be. Heads have no biases, scale no training.",
+        deviations="heads have no biases, as in the language code, and the one on the output reads it without the frozen bias, "
+        "so that the update is a matrix. With adapter.biases both are as in the vision code, and merged into the layers' own "
+        "biases. The scale is not trained.",
     ),
     "lora-fa": Method(
         Recipe(adapter=LoRA(rank=8, alpha=16, train="B")),
@@ -538,11 +541,12 @@ TABLE: dict[str, Method] = {
         "arXiv 2501.02393",
         "A small graph network on every decoder layer, whose edges are the layer's own attention where it is strong.",
         parameters="2 d d' + 2 c d'^2 + 2 d + (c + 2) d' + 3 per decoder layer of width d, d' = adapter.hidden, c = "
-        "adapter.multiplier",
+        "adapter.multiplier; and one a head with adapter.aggregate='learned'",
         export="none: it depends on the input and sits on no weight; saved, and served attached",
         deviations="tokens receive from earlier ones; in the released code a filter leaves each its edge to itself "
         "(adapter.edges='self'). All gains start at zero, so step 0 is bit-exact; adapter.start='paper' has them grow with "
-        "depth, to 0.5. Gradients stop at the graph; with adapter.detach_adjacency=False they pass, as in the released code.",
+        "depth, to 0.5. Gradients stop at the graph; with adapter.detach_adjacency=False they pass, as in the released code. The "
+        "learned aggregate weighs heads; the released one is a small network on every entry, which starts near 1/2 on all.",
     ),
     "galore": Method(
         Recipe(targets=EVERYTHING_ELSE, adapter=Dense(), init=OwnStart(), optimizer=Projected(rank=128, every=200)),

@@ -48,9 +48,12 @@ def formula(a: GINAttentionAdapter, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
     causal = torch.ones(N, N, dtype=torch.bool).tril()
     logits = torch.einsum("bhid,bhjd->bhij", q, k.repeat_interleave(H // KV, 1)) / math.sqrt(DH)
     probabilities = logits.masked_fill(~causal, -math.inf).softmax(-1)
+    if s.aggregate == "learned":
+        probabilities = p["heads"][:, None, None] * probabilities
     strength = probabilities.mean(1) if s.aggregate == "mean" else probabilities.sum(1).clamp(max=1)
     keep = causal & (strength > s.threshold + math.log(s.cutoff / (1 - s.cutoff)) / s.sharpness)
-    keep = keep & torch.eye(N, dtype=torch.bool) if s.edges == "self" else keep
+    own = torch.eye(N, dtype=torch.bool)
+    keep = keep & {"causal": torch.ones_like(own), "past": ~own, "self": own}[s.edges]
     w = torch.sigmoid(s.sharpness * (strength - s.threshold)) * keep
 
     def act(u: Tensor) -> Tensor:
@@ -70,6 +73,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "learning graph": {"detach_adjacency": False},
     "mean": {"aggregate": "mean", "threshold": 0.2, "detach_adjacency": False},
     "self": {"edges": "self"},
+    "past": {"edges": "past"},
+    "learned": {"aggregate": "learned"},
+    "learned past": {"aggregate": "learned", "edges": "past", "detach_adjacency": False},
     "no norm": {"norm": False, "multiplier": 1},
 }
 
@@ -105,6 +111,39 @@ def test_the_released_filter_leaves_tokens_alone() -> None:
     changed = (after != before).any(-1)
     assert changed[:, 2].all() and changed.sum() == B
     assert (adapter().eval()(moved, attention) != adapter().eval()(h, attention)).any(-1).sum() > B
+
+
+def test_without_loops_a_token_counts_by_eps_alone() -> None:
+    """``edges="past"``: at ``eps = 0`` a token's own state reaches no message of its own, and the first token has none."""
+    made = adapter(edges="past").eval()
+    made.eps.data.zero_()
+    h, q, k = call()
+    attention = Attention(q, k, None, 1 / math.sqrt(DH))
+    before = made(h, attention)
+    (grad,) = torch.autograd.grad(before[:, 4].sum(), h)
+    assert grad[:, :4].any() and not grad[:, 4:].any()
+    silent = made(torch.zeros_like(h), attention)[:, 0]
+    empty = made._linear("2", made._act(made._linear("1", torch.zeros(6, dtype=torch.float64))))
+    z = made._linear("out", made._act(empty))
+    alone = made.gain * made.norm * z / (z.square().mean() + 1e-6).sqrt()
+    torch.testing.assert_close(before[:, 0], alone.expand(B, D), rtol=1e-12, atol=1e-12)
+    assert torch.equal(before[:, 0], silent)
+
+
+def test_learned_aggregation_starts_as_the_sum_and_its_heads_learn() -> None:
+    outputs = []
+    for aggregate in ("sum", "learned"):
+        model = zoo.build("llama")
+        handle = gin(model, aggregate=aggregate, size=0.0)
+        made = handle.bindings[0].adapter
+        made.gain.data.fill_(0.5)
+        outputs.append(zoo.logits(model, zoo.batch("llama")))
+    assert torch.equal(*outputs) and made.heads.shape == (4,) and "heads" in made.roles
+    count = sum(p.numel() for p in made.parameters())
+    assert count == 2 * 16 * 6 + 2 * 36 + 2 * 16 + 3 * 6 + 3 + 4
+    before = made.heads.detach().clone()
+    zoo.train(handle, handle.optimizer(1e-2), zoo.batches("llama"), 2)
+    assert not torch.isclose(made.heads, before, atol=1e-4).any()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -155,7 +194,7 @@ def test_parameters_are_counted_by_the_formula_and_nothing_else_trains() -> None
         count = 2 * d * n + 2 * c * n * n + 2 * d + (c + 2) * n + 3
         assert [sum(p.numel() for p in b.adapter.parameters()) for b in handle.bindings] == [count, count]
         names = {name.rsplit(".", 1)[-1] for name, p in model.named_parameters() if p.requires_grad}
-        assert names == GINAttentionAdapter.roles.keys()
+        assert names == GINAttentionAdapter.roles.keys() - {"heads"}
 
 
 def test_the_papers_start_has_gains_that_grow_with_depth() -> None:

@@ -123,3 +123,17 @@ def test_what_cannot_work_is_refused() -> None:
             rankloom.methods.get("salt").with_(changes)
     with pytest.raises(TargetError, match=r"above the 7 singular values of layer.*at most 7"):
         adapted(**{"adapter.rank": 8})
+
+
+@pytest.mark.parametrize("clamp", CLAMPS)
+def test_the_published_start_moves_the_function_a_little(clamp: str) -> None:
+    """``X, Y ~ N(0, 0.01^2)``: a relative change of a few ten-thousandths, which zero gains leave to ``X Y`` alone."""
+    b = adapted(**{"adapter.start": "paper", "adapter.clamp": clamp})
+    a = b.adapter
+    assert torch.equal(a.X, adapted().adapter.X) and a.Y.any() and not a.gain.any() and not a.shift.any()
+    assert 0.005 < float(torch.cat([a.X.flatten(), a.Y.flatten()]).detach().std()) < 0.02
+    delta, norm = a.delta(b.layer).detach(), torch.linalg.matrix_norm(b.layer.weight())
+    torch.testing.assert_close(delta, by_hand(b, clamp).detach(), rtol=0, atol=1e-12)
+    assert 1e-6 < float(torch.linalg.matrix_norm(delta) / norm) < 2e-3
+    with pytest.raises(RecipeError, match="start"):
+        rankloom.methods.get("salt").with_({"adapter.start": "zero"})

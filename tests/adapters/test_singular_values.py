@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,3 +97,93 @@ def test_settings_that_make_no_sense() -> None:
     with pytest.raises(CompositionError, match=r"rank='full' leaves no ranks to redistribute.*give a number"):
         zoo.adapted(eva, zoo.build("llama"), "llama")
     assert not WeightSubspace(std=0.0).moves_output
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("method", "rank"), [("svf", None), ("svfit", 3)])
+def test_sigmoids_share_the_sum_of_the_values_out_anew(method: str, rank: int | None, shape: tuple[int, int]) -> None:
+    """``W = U diag(sigma m) V^T sum(sigma) / sum(sigma m)`` on the leading values, the others as they were: the nuclear norm
+    stays wherever the logits are."""
+    changes: dict[str, Any] = {"adapter.core": "sigmoid", "init.values": True}
+    binding = adapted(method, shape, **(changes if rank is None else {**changes, "adapter.rank": rank}))
+    adapter, w, r = binding.adapter, binding.layer.weight(), rank or min(shape)
+    assert [p.numel() for p in adapter.parameters()] == [r] and not adapter.delta(binding.layer).any()
+    u, s, vh = torch.linalg.svd(w, full_matrices=False)
+    m = torch.sigmoid(3 * moved(binding))
+    adapter.E.data.mul_(3)
+    after = s.clone()
+    after[:r] = s[:r] * m * s[:r].sum() / (s[:r] * m).sum()
+    merged = w + adapter.delta(binding.layer).detach()
+    torch.testing.assert_close(merged, (u * after) @ vh, rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.linalg.matrix_norm(merged, "nuc"), s.sum(), rtol=1e-12, atol=0)
+    x = torch.randn(11, shape[1], dtype=torch.float64)
+    torch.testing.assert_close(adapter.forward(x, binding.layer), x @ merged.T + binding.layer.bias())
+
+
+def test_only_differences_between_logits_count() -> None:
+    """Any constant mask is the identity; one that is not gives another weight when a constant is added to it."""
+    binding = adapted("svf", (5, 7), **{"adapter.core": "sigmoid"})
+    for level in (-40.0, -1.0, 0.1, 30.0):
+        binding.adapter.E.data.fill_(level)
+        assert binding.adapter.delta(binding.layer).abs().max() < 1e-13
+    moved(binding)
+    before = binding.adapter.delta(binding.layer)
+    binding.adapter.E.data += 1
+    assert not torch.allclose(binding.adapter.delta(binding.layer), before, atol=1e-3)
+
+
+def test_the_gradient_of_a_logit() -> None:
+    """``dL/dp_i = m_i (1 - m_i) sigma_i (g_i - sum_j sigma_j m_j g_j / sum_j sigma_j m_j) S / sum_j sigma_j m_j``, with ``g_i``
+    the full gradient between the singular vectors and ``S`` the sum of the values."""
+    binding = adapted("svf", (5, 7), **{"adapter.core": "sigmoid"})
+    e = moved(binding)
+    x = torch.randn(11, 7, dtype=torch.float64)
+    dense = (binding.layer.weight() + binding.adapter.delta(binding.layer).detach()).requires_grad_()
+    (x @ dense.T + binding.layer.bias()).pow(3).sum().backward()
+    binding.adapter.forward(x, binding.layer).pow(3).sum().backward()
+    u, s, vh = torch.linalg.svd(binding.layer.weight(), full_matrices=False)
+    g, m = torch.einsum("oi,on,in->i", u, dense.grad, vh), torch.sigmoid(e)
+    total = (s * m).sum()
+    want = m * (1 - m) * s * (g - (s * m * g).sum() / total) * s.sum() / total
+    torch.testing.assert_close(binding.adapter.E.grad, want, rtol=1e-9, atol=1e-9)
+
+
+def test_a_weight_of_zeros_has_nothing_to_share_out() -> None:
+    model = nn.ModuleDict({"layer": nn.Linear(4, 3, dtype=torch.float64)})
+    nn.init.zeros_(model["layer"].weight)
+    recipe = rankloom.methods.get("svf").with_({"targets.modules": ("layer",), "adapter.core": "sigmoid"})
+    binding = rankloom.adapt(model, recipe).bindings[0]
+    moved(binding)
+    loss = binding.adapter.forward(torch.randn(2, 4, dtype=torch.float64), binding.layer).sum()
+    loss.backward()
+    assert loss.isfinite() and not binding.adapter.E.grad.any() and not binding.adapter.delta(binding.layer).any()
+
+
+@pytest.mark.parametrize("form", ["auto", "lora"])
+def test_sigmoids_export_as_the_gains_they_are(form: Any, tmp_path: Path) -> None:
+    """PEFT's AdaLoRA holds a diagonal as it is; loaded again, it is the same update."""
+    changes = {"adapter.core": "sigmoid", "targets.modules": ("q_proj", "up_proj")}
+    handle = rankloom.adapt(zoo.build("llama"), rankloom.methods.get("svf").with_(changes))
+    zoo.perturb(handle, 1.0)
+    inputs = zoo.batch("llama")
+    report = handle.export(tmp_path / "peft", form=form)
+    assert report["form"] == ("adalora" if form == "auto" else "lora") and report["exact"]
+    back = rankloom.load(zoo.build("llama"), tmp_path / "peft")
+    want = zoo.logits(handle.model, inputs)
+    torch.testing.assert_close(zoo.logits(back.model, inputs), want, rtol=1e-9, atol=1e-9)
+    handle.save(tmp_path / "own")
+    assert torch.equal(zoo.logits(rankloom.load(zoo.build("llama"), tmp_path / "own").model, inputs), want)
+
+
+def test_what_sigmoids_need() -> None:
+    svfit = rankloom.methods.get("svfit").with_({"adapter.core": "sigmoid"})
+    with pytest.raises(
+        CompositionError, match=r"'lora' needs singular values.*'weight-subspace\(values=False\)' does not"
+    ):
+        svfit.check()
+    with pytest.raises(RecipeError, match=r"core='sigmoid'.*set adapter.train to 'core'"):
+        svfit.with_({"adapter.train": "all"})
+    with pytest.raises(CompositionError, match=r"needs singular values.*init 'kaiming' does not.*'weight-subspace'"):
+        svfit.with_(init="kaiming").check()
+    with pytest.raises(CompositionError, match="needs ranked components"):
+        svfit.with_({"init.values": True}, rank="adalora").check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from rankloom.errors import CompositionError, RecipeError, TargetError
 from rankloom.init import KroneckerSVD, OwnStart
 from rankloom.kernels import contraction
 from rankloom.linalg import kronecker_sum, rearranged
+from tests import zoo
 
 
 def adapted(layer: nn.Module, init: Any = None, **settings: Any) -> rankloom.Adaptation:
@@ -111,7 +113,121 @@ def test_primes_leave_columns_and_rows() -> None:
     assert adapter.U.shape[1:] + adapter.V.shape[1:] in ((1, 13, 17, 1), (17, 1, 1, 13))
 
 
+INITS = {"own": OwnStart(), "subtracted": KroneckerSVD("fixed")}
+
+
+def moved(init: str, **settings: Any) -> rankloom.Adaptation:
+    handle = adapted(nn.Linear(20, 12), INITS[init], rank=4, **settings)
+    zoo.perturb(handle, 0.3)
+    return handle
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_retruncation_at_full_energy_keeps_the_update(init: str) -> None:
+    """The same update, the leading terms trained and balanced, whatever is beyond the rank frozen."""
+    handle = moved(init)
+    binding = handle.bindings[0]
+    adapter, before = binding.adapter, binding.adapter.delta(binding.layer).detach()
+    s = torch.linalg.svdvals(rearranged(before, *adapter.U.shape[1:]))
+    assert int((s > 1e-10).sum()) == (4 if init == "own" else 8)
+    adapter.retruncate(1.0)
+    torch.testing.assert_close(adapter.delta(binding.layer), before, rtol=1e-12, atol=1e-13)
+    for factor in (adapter.U, adapter.V):
+        torch.testing.assert_close(factor.flatten(1) @ factor.flatten(1).mT, torch.diag(s[:4]), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(kron(adapter.U, adapter.V), before - (0 if init == "own" else frozen(adapter)))
+
+
+def frozen(adapter: Any) -> Tensor:
+    return -kron(adapter.U0, adapter.V0)
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("energy", [0.3, 0.9, 0.999])
+def test_what_is_dropped_is_the_energy_beyond_the_share(init: str, energy: float) -> None:
+    handle = moved(init)
+    binding = handle.bindings[0]
+    adapter, before = binding.adapter, binding.adapter.delta(binding.layer).detach()
+    values = torch.linalg.svdvals(rearranged(before, *adapter.U.shape[1:])).square()
+    kept = next(r for r in range(1, 9) if values[:r].sum() >= energy * values.sum())
+    adapter.retruncate(energy)
+    dropped = (adapter.delta(binding.layer) - before).square().sum()
+    torch.testing.assert_close(dropped, values[kept:].sum(), rtol=1e-9, atol=1e-12)
+    assert adapter.live == min(kept, 4)
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_dropped_terms_are_dead_and_ranks_only_fall(init: str) -> None:
+    """No gradient reaches them, to the bit; momentum and decay find nothing to move."""
+    handle = moved(init, truncate_every=3, truncate_energy=0.5)
+    adapter = handle.bindings[0].adapter
+    optimizer = handle.optimizer(1e-2, weight_decay=0.1)
+    x = torch.randn(30, 20, dtype=torch.float64)
+    counts = []
+    for _ in range(9):
+        handle.model(x).pow(3).mean().backward()
+        for factor, other in ((adapter.U, adapter.V), (adapter.V, adapter.U)):
+            dead = ~other.flatten(1).any(1)
+            assert not factor.grad[dead].any() and not factor[dead].any()
+            assert factor.grad[~dead].flatten(1).any(1).all()
+        handle.step()
+        counts.append(adapter.live)
+    assert optimizer.param_groups and counts == sorted(counts, reverse=True)
+    assert counts[:2] == [4, 4] and counts[2] == counts[3] < 4 and counts[-1] >= 1
+
+
+def test_moments_of_the_old_terms_are_dropped_and_no_others() -> None:
+    handle = adapted(nn.Linear(20, 12), OwnStart(), rank=2, truncate_every=2)
+    model = nn.Sequential(nn.Linear(20, 12), nn.Linear(12, 3)).double()
+    recipe = handle.recipe.with_(targets={"modules": ("0",), "train": ("1",)})
+    handle = rankloom.adapt(model, recipe)
+    optimizer = handle.optimizer(1e-2)
+    seen = []
+    for _ in range(3):
+        model(torch.randn(5, 20, dtype=torch.float64)).square().mean().backward()
+        handle.step()
+        seen.append([int(optimizer.state[p]["step"]) if p in optimizer.state else 0 for p in handle.parameters()])
+    assert seen == [[1, 1, 1, 1], [0, 0, 2, 2], [1, 1, 3, 3]]
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4, 7])
+def test_resuming_across_a_retruncation_is_bit_exact(stop: int) -> None:
+    changes = {"adapter.truncate_every": 3, "adapter.truncate_energy": 0.8}
+    recipe, data = zoo.recipe_of("soka").with_(changes), zoo.batches("llama", 3)
+
+    def start(seed: int) -> tuple[rankloom.Adaptation, torch.optim.Optimizer]:
+        handle = zoo.adapted(recipe, zoo.build("llama"), "llama", seed=seed)
+        return handle, handle.optimizer(1e-2, max_grad_norm=1.0)
+
+    straight, optimizer = start(0)
+    losses = zoo.train(straight, optimizer, data, 8)
+    assert min(b.adapter.live for b in straight.bindings) < 3
+
+    broken, optimizer = start(0)
+    zoo.train(broken, optimizer, data, stop)
+    saved = copy.deepcopy((broken.state_dict(), broken.schedule_state(), optimizer.state_dict()))
+    resumed, optimizer = start(1)
+    resumed.load_state_dict(saved[0])
+    resumed.load_schedule_state(saved[1])
+    optimizer.load_state_dict(saved[2])
+    assert zoo.train(resumed, optimizer, data, 8 - stop, start=stop) == losses[stop:]
+    assert all(torch.equal(t, resumed.state_dict()[n]) for n, t in straight.state_dict().items())
+
+
+def test_an_update_of_zero_is_left_alone() -> None:
+    for init in INITS.values():
+        handle = adapted(nn.Linear(20, 12), init, rank=3)
+        adapter = handle.bindings[0].adapter
+        before = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
+        adapter.retruncate(0.5)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in adapter.state_dict().items())
+
+
 def test_what_cannot_be() -> None:
+    for changes in ({"truncate_every": -1}, {"truncate_energy": 0.0}, {"truncate_energy": 1.1}):
+        with pytest.raises(RecipeError, match=r"truncate_every is a number of steps.*share in \(0, 1\]"):
+            Recipe(adapter=SoKA(**changes), init=OwnStart()).check()
+    with pytest.raises(RecipeError, match=r"train='sigma' freezes: set adapter.train to 'uv'"):
+        Recipe(adapter=SoKA(train="sigma", truncate_every=5), init=OwnStart()).check()
     with pytest.raises(TargetError, match=r"17 Kronecker terms are more than 0 \(16, 16\) has, 16 of 4 x 4"):
         adapted(nn.Linear(16, 16), rank=17)
     with pytest.raises(RecipeError, match="rank must be at least 1"):

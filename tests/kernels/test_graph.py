@@ -40,7 +40,14 @@ def padded(kind: str, count: int = N) -> Tensor:
 
 
 def eager(
-    x: Tensor, q: Tensor, k: Tensor, eps: Tensor, mask: Tensor | None, edges: Edges, loops: bool = False
+    x: Tensor,
+    q: Tensor,
+    k: Tensor,
+    eps: Tensor,
+    mask: Tensor | None,
+    edges: Edges,
+    loops: bool = False,
+    heads: Tensor | None = None,
 ) -> Tensor:
     """The card's formula: probabilities of all heads, their sum, the graph, one product (or a loop over edges)."""
     count = q.shape[2]
@@ -48,11 +55,12 @@ def eager(
     seen = (j <= i).expand(B, 1, -1, -1) if mask is None else mask > -1e10 if mask.is_floating_point() else mask
     logits = SCALE * torch.einsum("bhid,bhjd->bhij", q, k.repeat_interleave(G, 1))
     p = logits.masked_fill(~seen, -math.inf).softmax(-1).nan_to_num(0.0)
+    p = p if heads is None else p * heads[:, None, None]
     a = p.mean(1) if edges.mean else p.sum(1).clamp(max=1)
     w = torch.sigmoid(edges.sharpness * (a - edges.threshold))
     own = seen[:, 0].gather(-1, i.expand(B, -1, 1)).expand(-1, -1, N)  # padding does not see itself
     keep = (a > edges.threshold + math.log(edges.cutoff / (1 - edges.cutoff)) / edges.sharpness) & own & seen[:, 0]
-    keep &= (i == j) if edges.own else (j <= i)
+    keep &= {"self": i == j, "past": j < i, "causal": j <= i}[edges.senders]
     w = w * keep
     if not loops:
         return eps * x[:, N - count :] + w @ x
@@ -65,7 +73,8 @@ def eager(
 GRAPHS = {
     "sum": WIDE,
     "mean": Edges(sharpness=4.0, threshold=0.05, cutoff=0.52, mean=True),
-    "own": Edges(own=True),
+    "self": Edges(senders="self"),
+    "past": Edges(senders="past", threshold=0.3),
     "everything": Edges(threshold=-1.0, cutoff=0.1),
     "nothing": Edges(threshold=3.0),
 }
@@ -93,6 +102,28 @@ def test_blocks_of_rows_equal_the_formula_in_value_and_every_gradient(graph: str
         torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("mask", ["causal", "padded"])
+@pytest.mark.parametrize("graph", ["sum", "mean", "past"])
+def test_heads_may_count_differently(graph: str, mask: str, learns: bool) -> None:
+    """One weight a head, negative ones among them; their gradient comes with a detached graph as well."""
+    x, q, k, eps = tensors(count=7)
+    q, k = (q, k) if learns else (q.detach(), k.detach())
+    heads = torch.linspace(-0.4, 1.6, H, dtype=torch.float64).requires_grad_()
+    hidden = None if MASKS[mask] is None else padded(mask, 7)
+    want = eager(x, q, k, eps, hidden, GRAPHS[graph], heads=heads)
+    got = message_passing(x, q, k, eps, hidden, scale=SCALE, edges=GRAPHS[graph], heads=heads, block=3 * B * N)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    pull = torch.randn(want.shape, dtype=want.dtype, generator=torch.Generator().manual_seed(1))
+    inputs = (x, eps, heads, *((q, k) if learns else ()))
+    for g, w in zip(torch.autograd.grad(got, inputs, pull), torch.autograd.grad(want, inputs, pull), strict=True):
+        assert w.abs().max() > 1e-3
+        torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-11)
+    plain = message_passing(x, q, k, eps, hidden, scale=SCALE, edges=GRAPHS[graph])
+    ones = message_passing(x, q, k, eps, hidden, scale=SCALE, edges=GRAPHS[graph], heads=torch.ones(H))
+    assert torch.equal(plain, ones) and not torch.allclose(plain, got)
+
+
 def test_the_graphs_under_test_are_neither_empty_nor_full() -> None:
     _, q, k, eps = tensors()
     unit = torch.eye(N, dtype=torch.float64).expand(B, N, N)  # with x the identity the output is w itself
@@ -100,7 +131,7 @@ def test_the_graphs_under_test_are_neither_empty_nor_full() -> None:
         w = message_passing(unit, q, k, 0 * eps, scale=SCALE, edges=edges)
         share = float((w != 0).double().sum() / (B * N * (N + 1) / 2))
         assert {"everything": share == 1, "nothing": share == 0}.get(name, 0 < share < 1), (name, share)
-        assert w.triu(1).count_nonzero() == 0
+        assert w.triu(1 if edges.senders != "past" else 0).count_nonzero() == 0
         kept = w[w != 0]
         assert not len(kept) or (kept.min() > edges.cutoff and kept.max() <= 1)
     w = message_passing(unit, q, k, 0 * eps, scale=SCALE, edges=WIDE)

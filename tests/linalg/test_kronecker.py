@@ -15,6 +15,7 @@ from rankloom.linalg import (
     kronecker_sum,
     kronecker_svd,
     rearranged,
+    recompressed,
 )
 
 M, N, P, Q = 3, 2, 4, 5
@@ -47,6 +48,21 @@ def test_the_truncated_decomposition_is_the_best_one(rank: int) -> None:
     for factor in (u, v):
         gram = factor.flatten(1) @ factor.flatten(1).mT
         torch.testing.assert_close(gram, torch.eye(rank, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("terms", [1, 4, 9])
+def test_recompression_is_the_decomposition_of_the_sum(terms: int) -> None:
+    """More terms than a factor has entries, and fewer."""
+    left, right = torch.randn(terms, M, N, dtype=torch.float64), torch.randn(terms, P, Q, dtype=torch.float64)
+    left[-1] = 0
+    total = kronecker_sum(left, right)
+    u, s, v = recompressed(left, right)
+    torch.testing.assert_close(s, torch.linalg.svdvals(rearranged(total, M, N))[: len(s)], rtol=1e-12, atol=1e-12)
+    assert len(u) == len(s) == len(v) == min(terms, M * N)
+    torch.testing.assert_close(kronecker_sum(s[:, None, None] * u, v), total, rtol=1e-12, atol=1e-12)
+    for factor in (u, v):
+        gram = factor.flatten(1) @ factor.flatten(1).mT
+        torch.testing.assert_close(gram, torch.eye(len(s), dtype=torch.float64))
 
 
 @settings(max_examples=80, deadline=None)

@@ -50,7 +50,10 @@ class Form(nn.Module, ABC):
 
 
 class Adapter(Form):
-    """One adapted weight: ``y = x (W + delta)^T + b`` with ``delta`` a function of this module's parameters."""
+    """One adapted weight: ``y = x (W + delta)^T + b`` with ``delta`` a function of this module's parameters.
+
+    A few forms move the bias too, by :meth:`bias_delta`.
+    """
 
     @abstractmethod
     def forward(self, x: Tensor, base: Layer) -> Tensor:
@@ -67,6 +70,10 @@ class Adapter(Form):
     def factors_on(self, base: Layer) -> tuple[Tensor, Tensor] | None:
         """:meth:`factors`, for forms whose factors hold the weight as well."""
         return self.factors()
+
+    def bias_delta(self, base: Layer) -> Tensor | None:
+        """What the form adds to the layer's bias (out,), which has to have one; None where it leaves it alone."""
+        return None
 
 
 class AdapterPart(Part):

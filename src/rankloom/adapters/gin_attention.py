@@ -32,13 +32,14 @@ class GINAttentionAdapter(LayerAdapter):
     ``x = W_in h``, and ``act`` one PReLU with a single trained ``slope``.
 
     Shapes: ``W_in`` (d', d), ``W_1`` (c d', d'), ``W_2`` (d', c d'), ``W_out`` (d, d'), each with its bias, ``norm`` (d,);
-    ``eps``, ``slope`` and ``gain`` are scalars. ``w`` is made by :func:`rankloom.kernels.graph.message_passing`.
+    ``eps``, ``slope`` and ``gain`` are scalars, ``heads`` (H,) is there where the aggregate is learned. ``w`` is made by
+    :func:`rankloom.kernels.graph.message_passing`.
     """
 
     roles: ClassVar[dict[str, str]] = {
         **dict.fromkeys(("W_in", "W_1", "W_2", "W_out"), "weight"),
         **dict.fromkeys(("b_in", "b_1", "b_2", "b_out"), "bias"),
-        **dict.fromkeys(("norm", "eps", "slope", "gain"), "scale"),
+        **dict.fromkeys(("norm", "eps", "slope", "gain", "heads"), "scale"),
     }
 
     def __init__(self, target: Target, settings: GINAttention) -> None:
@@ -50,7 +51,7 @@ class GINAttentionAdapter(LayerAdapter):
             settings.threshold,
             settings.cutoff,
             mean=settings.aggregate == "mean",
-            own=settings.edges == "self",
+            senders=settings.edges,
         )
         wide, hidden, inner = block.features, settings.hidden, settings.multiplier * settings.hidden
         like: dict[str, Any] = {"dtype": adapter_dtype(settings.dtype, target.layer), "device": block.device}
@@ -63,11 +64,12 @@ class GINAttentionAdapter(LayerAdapter):
             self.register_parameter(f"W_{name}", nn.Parameter(torch.empty(fan_out, fan_in, **like)))
             self.register_parameter(f"b_{name}", nn.Parameter(torch.empty(fan_out, **like)))
         self.norm = nn.Parameter(torch.empty(wide, **like)) if settings.norm else None
+        self.heads = nn.Parameter(torch.empty(block.heads, **like)) if settings.aggregate == "learned" else None
         self.eps, self.slope, self.gain = (nn.Parameter(torch.empty((), **like)) for _ in range(3))
 
     def reset(self, base: Block, generator: torch.Generator) -> None:
-        """Linears as ``nn.Linear``, ``U(-1/sqrt(in), 1/sqrt(in))``; ``norm`` 1, ``slope`` 1/4, ``eps`` 0, and ``gain`` 0, or
-        ``depth / 2`` in the paper's start."""
+        """Linears as ``nn.Linear``, ``U(-1/sqrt(in), 1/sqrt(in))``; ``norm`` and ``heads`` 1, ``slope`` 1/4, ``eps`` 0, and
+        ``gain`` 0, or ``depth / 2`` in the paper's start."""
         for name in ("in", "1", "2", "out"):
             weight = self.get_parameter(f"W_{name}")
             bound = weight.shape[1] ** -0.5
@@ -76,8 +78,9 @@ class GINAttentionAdapter(LayerAdapter):
                     tensor.shape, generator=generator, dtype=torch.promote_types(tensor.dtype, torch.float32)
                 )
                 tensor.copy_((2 * drawn - 1) * bound)
-        if self.norm is not None:
-            self.norm.fill_(1)
+        for ones in (self.norm, self.heads):
+            if ones is not None:
+                ones.fill_(1)
         self.slope.fill_(0.25)
         self.eps.zero_()
         self.gain.fill_(LAST_GAIN * base.depth if self.settings.start == "paper" else 0)
@@ -87,7 +90,8 @@ class GINAttentionAdapter(LayerAdapter):
         query, key = attention.query, attention.key
         if self.settings.detach_adjacency:
             query, key = query.detach(), key.detach()
-        m = message_passing(x, query, key, self.eps, attention.mask, scale=attention.scale, edges=self.edges)
+        mask, scale = attention.mask, attention.scale
+        m = message_passing(x, query, key, self.eps, mask, scale=scale, edges=self.edges, heads=self.heads)
         u = self._act(self._linear("2", self._act(self._linear("1", m))) + m)
         z = self._linear("out", self._dropout(u))
         if self.norm is not None:
@@ -126,14 +130,16 @@ class GINAttention(LayerAdapterPart):
     """``h + gain * RMSNorm(W_out GIN(W_in h))`` between attention and MLP, on the graph of strong attention.
 
     An edge from token j to i >= j weighs ``w_ij = sigmoid(sharpness (a_ij - threshold))`` where that is above ``cutoff``, else
-    nothing; ``a`` is the sum of all heads' probabilities, at most 1 (``aggregate="mean"``: their mean). ``edges="self"`` keeps
-    i = j only, which is what the released code computes. ``detach_adjacency``: no gradient through ``w`` to the attention
-    below. ``norm=False`` leaves the RMSNorm out. ``dropout`` masks are a function of
+    nothing; ``a`` is the sum of all heads' probabilities, at most 1 (``aggregate="mean"``: their mean; ``"learned"``: their sum
+    under one trained weight a head, all 1 at the start). ``edges="past"`` has no loops, j < i only, so that a token's own state
+    counts by ``eps`` alone; ``"self"`` keeps i = j only, which is what the released code computes. ``detach_adjacency``: no
+    gradient through ``w`` to the attention below. ``norm=False`` leaves the RMSNorm out. ``dropout`` masks are a function of
     ``seed``, the layer's name, the optimizer step and the place in the batch: micro-batches of one step share them, recomputed
     and resumed passes repeat them. ``start="identity"`` has ``gain = 0``, so step 0 leaves every bit; ``"paper"`` has it grow
     linearly from 0 at the first layer to 0.5 at the last, which moves the function.
 
-    Parameters per layer of width d: ``2 d d' + 2 c d'^2 + 2 d + (c + 2) d' + 3`` with ``d' = hidden``, ``c = multiplier``.
+    Parameters per layer of width d: ``2 d d' + 2 c d'^2 + 2 d + (c + 2) d' + 3`` with ``d' = hidden``, ``c = multiplier``, and
+    one a head where the aggregate is learned.
     Decoding keeps ``W_in h`` of every token in the key-value cache, ``d'`` numbers a layer and token. Composes with every
     storage of the base, gradient checkpointing and every optimizer that wants no factors. Excludes merging, export, ranks over
     time, static caches, and attention other than eager and SDPA.
@@ -149,8 +155,8 @@ class GINAttention(LayerAdapterPart):
     sharpness: float = 10.0
     threshold: float = 0.1
     cutoff: float = 0.6
-    aggregate: Literal["sum", "mean"] = "sum"
-    edges: Literal["causal", "self"] = "causal"
+    aggregate: Literal["sum", "mean", "learned"] = "sum"
+    edges: Literal["causal", "past", "self"] = "causal"
     detach_adjacency: bool = True
     norm: bool = True
     dropout: float = 0.1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,35 +26,50 @@ class HydraAdapter(Adapter):
     That is one low-rank product with rows ``[A; A_s W]``. In training ``A_s W`` is formed once a step and both heads run
     as one kernel, which keeps no output for the gradient of ``A_s``; without gradients, or on few tokens, ``A_s`` reads the
     layer's output.
+
+    With biases ``c_A`` (r,), ``c_B`` (out,), ``c_A_s`` (r_s,) and ``c_B_s`` (out,) in the heads, the layer's bias ``b`` moves by
+    ``s (B c_A + c_B + B_s (A_s b + c_A_s) + c_B_s)``.
     """
 
     needs_base: ClassVar[Literal["never", "init", "merge", "every_step"]] = "merge"
     shares_input: ClassVar[bool] = True
-    roles: ClassVar[dict[str, str]] = {"A": "A", "B": "B", "A_s": "A", "B_s": "B"}
+    roles: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("A", "A_s"), "A"),
+        **dict.fromkeys(("B", "B_s"), "B"),
+        **dict.fromkeys(("c_A", "c_B", "c_A_s", "c_B_s"), "bias"),
+    }
     A: Tensor
     B: Tensor
     A_s: Tensor
     B_s: Tensor
+    c_A: Tensor
+    c_B: Tensor
+    c_A_s: Tensor
+    c_B_s: Tensor
 
-    def __init__(self, layer: Layer, rank: int, sequential: int, scale: float, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layer: Layer, rank: int, sequential: int, scale: float, dtype: torch.dtype, *, biases: bool = False
+    ) -> None:
         super().__init__()
-        self.scale = scale
+        self.scale, self.biases = scale, biases
         fan_out, fan_in = layer.out_features, layer.in_features
         shapes = {"A": (rank, fan_in), "B": (fan_out, rank), "A_s": (sequential, fan_out), "B_s": (fan_out, sequential)}
-        for name, shape in shapes.items():
+        vectors = {f"c_{name}": shape[:1] for name, shape in shapes.items()} if biases else {}
+        for name, shape in (shapes | vectors).items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=dtype, device=layer.device)))
 
     @torch.no_grad()
     def reset(self, base: Layer, generator: torch.Generator) -> None:
-        """``A, A_s ~ U(-1/sqrt(n), 1/sqrt(n))`` for n inputs (``A`` normal on a look-up table), ``B = B_s = 0``."""
+        """``A, A_s ~ U(-1/sqrt(n), 1/sqrt(n))`` for n inputs (``A`` normal on a look-up table), all else zero."""
         for a in (self.A, self.A_s):
             bound = a.shape[1] ** -0.5
             start = torch.empty(a.shape, dtype=a.dtype).uniform_(-bound, bound, generator=generator)
             if a is self.A and isinstance(base, EmbeddingLayer):
                 start.normal_(generator=generator)
             a.copy_(start)
-        self.B.zero_()
-        self.B_s.zero_()
+        for name, parameter in self.named_parameters():
+            if name not in ("A", "A_s"):
+                parameter.zero_()
 
     def over(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """``[B, B_s]`` and ``[A; A_s W]`` for the frozen ``W`` (out, in), differentiable."""
@@ -70,6 +85,13 @@ class HydraAdapter(Adapter):
         columns, rows = self.factors_on(base)
         return columns @ rows
 
+    def bias_delta(self, base: Layer) -> Tensor | None:
+        if not self.biases:
+            return None
+        bias = cast(Tensor, base.bias())
+        below = self.A_s @ bias.to(self.A_s.dtype) + self.c_A_s
+        return self.scale * (self.B @ self.c_A + self.c_B + self.B_s @ below + self.c_B_s)
+
     def operands(self, x: Tensor, base: Layer) -> Any:
         """What :meth:`together` takes of this layer for this input; None where the heads run apart."""
         frozen = frozen_operands(x, base) if torch.is_grad_enabled() else None
@@ -77,23 +99,26 @@ class HydraAdapter(Adapter):
         if frozen is None or 4 * x.numel() < base.in_features**2:
             return None
         columns, rows = self.over(frozen[0])
-        return Linear(*frozen, rows, columns, self.scale)
+        return Linear(*frozen, rows, columns, self.scale), self.bias_delta(base)
 
     @classmethod
     def together(cls, x: Tensor, operands: Sequence[Any]) -> tuple[Tensor, ...]:
         """The outputs of several adapted linears on one input, in one kernel."""
-        return lowrank_linears(x, operands)
+        linears, shifts = zip(*operands, strict=True)
+        outs = zip(lowrank_linears(x, linears), shifts, strict=True)
+        return tuple(out if shift is None else out + shift.to(out.dtype) for out, shift in outs)
 
     def forward(self, x: Tensor, base: Layer) -> Tensor:
         if (operands := self.operands(x, base)) is not None:
             return self.together(x, [operands])[0]
-        y, bias = base(x), base.bias()
+        y, bias, shift = base(x), base.bias(), self.bias_delta(base)
         down = self.A_s.to(y.dtype)
         hidden = base.up(y, down)
         if bias is not None:  # the head reads x W^T alone, so that the update is a matrix
             hidden = hidden - base.broadcast(down @ bias.to(y.dtype))
         beside = base.lowrank(x, self.A.to(y.dtype), (self.scale * self.B).to(y.dtype))
-        return y + beside.to(y.dtype) + base.up(hidden, (self.scale * self.B_s).to(y.dtype))
+        out = y + beside.to(y.dtype) + base.up(hidden, (self.scale * self.B_s).to(y.dtype))
+        return out if shift is None else out + base.broadcast(shift.to(y.dtype))
 
 
 @part("adapter", "hydra")
@@ -102,12 +127,16 @@ class Hydra(AdapterPart):
     """``y = z + s B A x + s B_s A_s (z - b)`` with the frozen layer's ``z = x W^T + b`` and ``s = alpha / r``.
 
     ``sequential_rank``: the rank of the head on the output, ``rank`` where None. Own start: ``A`` and ``A_s`` random, ``B``
-    and ``B_s`` zero. Parameters per target: ``r (in + out) + 2 r_s out``. Heads have no biases of their own.
+    and ``B_s`` zero. Parameters per target: ``r (in + out) + 2 r_s out``.
+
+    ``biases``: ``y = z + s (B (A x + c_A) + c_B) + s (B_s (A_s z + c_A_s) + c_B_s)``, all biases zero at the start: ``r + r_s +
+    2 out`` more parameters. They are merged into the layer's own bias, which every target has to have.
     """
 
     rank: int = 4
     sequential_rank: int | None = None
     alpha: float = 4.0
+    biases: bool = False
     dtype: Dtype = "auto"
 
     @property
@@ -126,6 +155,12 @@ class Hydra(AdapterPart):
                     f"ranks {self.ranks} are above {limit}, the most {target.name} {target.shape} has use for: lower "
                     f"adapter.rank or adapter.sequential_rank, or exclude this module"
                 )
+            if self.biases and target.layer.bias() is None:
+                raise TargetError(
+                    f"adapter.biases are merged into the layer's bias, and {target.name} has none: set adapter.biases to false, "
+                    f"or exclude this module"
+                )
 
     def build(self, target: Target) -> HydraAdapter:
-        return HydraAdapter(target.layer, *self.ranks, self.alpha / self.rank, adapter_dtype(self.dtype, target.layer))
+        dtype = adapter_dtype(self.dtype, target.layer)
+        return HydraAdapter(target.layer, *self.ranks, self.alpha / self.rank, dtype, biases=self.biases)

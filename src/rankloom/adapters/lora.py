@@ -22,7 +22,7 @@ __all__ = ["SCALINGS", "LoRA", "LowRankAdapter", "Rank"]
 
 Scaling = Literal["standard", "rslora", "triplet", "constant"]
 Rank = int | Literal["full"]
-Core = Literal["identity", "diagonal", "square"]
+Core = Literal["identity", "diagonal", "sigmoid", "square"]
 Train = Literal["all", "A", "B", "core", "B+core"]
 
 TRAINED = {"all": "ABER", "A": "A", "B": "B", "core": "ER", "B+core": "BER"}
@@ -45,6 +45,8 @@ class LowRankAdapter(FactoredAdapter):
 
     ``mask`` (r,) marks live components of a diagonal core: schedules switch components off in place, compaction happens at
     export, and the parameters never change shape.
+
+    With ``normalized``, the entries of ``E`` are no gains themselves: see :func:`shared_out`.
     """
 
     roles: ClassVar[dict[str, str]] = {"A": "A", "B": "B", "E": "core", "R": "core"}
@@ -68,11 +70,12 @@ class LowRankAdapter(FactoredAdapter):
     ) -> None:
         super().__init__()
         self.rank, self.scale, self.dropout, self.offset, self.fold = rank, scale, dropout, False, fold
+        self.normalized = core == "sigmoid"
         self._folded: tuple[Any, Tensor] | None = None
         shapes = {
             "A": (rank, layer.in_features),
             "B": (layer.out_features, rank),
-            "E": (rank,) if core == "diagonal" else None,
+            "E": (rank,) if core in ("diagonal", "sigmoid") else None,
             "R": (rank, rank) if core == "square" else None,
         }
         for name, shape in shapes.items():
@@ -81,7 +84,7 @@ class LowRankAdapter(FactoredAdapter):
                 self.register_buffer(name, tensor)
             else:
                 self.register_parameter(name, nn.Parameter(tensor))
-        if core == "diagonal":
+        if self.E is not None:
             self.register_buffer("mask", torch.ones(rank, dtype=torch.bool, device=layer.device))
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -180,8 +183,12 @@ class LowRankAdapter(FactoredAdapter):
             self._folded = made_of, (weight.to(wide) - start).to(weight.dtype)
         return self._folded[1]
 
+    def gains(self, e: Tensor) -> Tensor:
+        """What the entries (r,) of a diagonal core multiply their components by."""
+        return shared_out(e, self.A) if self.normalized else e
+
     def _rows(self, a: Tensor, e: Tensor | None) -> Tensor:
-        return a if e is None else (e * self.mask)[:, None] * a
+        return a if e is None else (self.gains(e) * self.mask)[:, None] * a
 
     def _start_of(self, name: str) -> Tensor | None:
         return cast("Tensor | None", getattr(self, f"{name}0", getattr(self, name)))
@@ -201,6 +208,18 @@ def _columns(b: Tensor, r: Tensor | None) -> Tensor:
     return b if r is None else b @ r
 
 
+def shared_out(logits: Tensor, rows: Tensor) -> Tensor:
+    """``m_i / sum_j p_j m_j - 1`` (r,) for ``m = sigmoid(logits)`` and shares ``p_j`` of the rows' norms in their sum.
+
+    Scaled by one more than these gains, the norms are as large in sum as before, wherever ``logits`` (r,) are. Equal logits
+    leave every row alone, to the bit where they are zero.
+    """
+    sizes = torch.linalg.vector_norm(rows, dim=1) + torch.finfo(rows.dtype).tiny  # rows of zeros share alike
+    shares = sizes / sizes.sum()
+    half = torch.tanh(logits / 2) / 2  # the sigmoid but for its 1/2, which a difference would cancel
+    return (half - shares @ half) / (shares @ torch.sigmoid(logits))
+
+
 @part("adapter", "lora")
 @dataclass(frozen=True)
 class LoRA(AdapterPart):
@@ -208,13 +227,14 @@ class LoRA(AdapterPart):
     (``constant``). ``rank="full"`` is ``min(out, in)`` of each target.
 
     ``core="diagonal"`` puts ``diag(E)`` between the factors, which makes components rankable (AdaLoRA); ``"square"`` puts
-    ``R`` (r, r) there. ``train`` says what learns: ``"all"``, ``"B"`` (LoRA-FA: ``A`` is frozen, so no activation of width
-    ``in`` is needed for its gradient), ``"A"`` (CoRA: a frozen basis on the output side), ``"core"`` (LoRA-XS: both factors are
-    frozen) or ``"B+core"`` (LaMDA). ``rank_pattern`` and ``alpha_pattern`` override rank and alpha for the targets a pattern
-    matches (last match wins). ``fold``: where the start is subtracted, do it once, in a copy of the weight that the adapter
-    holds, instead of a second low-rank term in every step; linear layers only, and the start is then exact to the weight's
-    precision, not to the bit. Parameters per target: ``r in`` for ``A``, ``r out`` for ``B``, ``r`` or ``r^2`` for the core,
-    each where it is trained.
+    ``R`` (r, r) there; ``"sigmoid"``, between frozen singular vectors, scales the singular values by sigmoids of ``E`` and then
+    all of them so that their sum stays (SVF's released code). ``train`` says what learns: ``"all"``, ``"B"`` (LoRA-FA: ``A`` is
+    frozen, so no activation of width ``in`` is needed for its gradient), ``"A"`` (CoRA: a frozen basis on the output side),
+    ``"core"`` (LoRA-XS: both factors are frozen) or ``"B+core"`` (LaMDA). ``rank_pattern`` and ``alpha_pattern`` override
+    rank and alpha for the targets a pattern matches (last match wins). ``fold``: where the start is subtracted, do it once,
+    in a copy of the weight that the adapter holds, instead of a second low-rank term in every step; linear layers only, and
+    the start is then exact to the weight's precision, not to the bit. Parameters per target: ``r in`` for ``A``, ``r out``
+    for ``B``, ``r`` or ``r^2`` for the core, each where it is trained.
     """
 
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = (
@@ -224,6 +244,7 @@ class LoRA(AdapterPart):
         {"train": "B"},
         {"train": "A"},
         {"core": "square", "train": "B+core"},
+        {"core": "sigmoid", "train": "core"},
     )
 
     rank: Rank = 8
@@ -239,7 +260,8 @@ class LoRA(AdapterPart):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"a start with an offset"}) if self.fold else frozenset()
+        start = {"a start with an offset"} if self.fold else set[str]()
+        return frozenset(start | ({"singular values in a factor"} if self.core == "sigmoid" else set()))
 
     @property
     def offers(self) -> frozenset[str]:
@@ -257,6 +279,8 @@ class LoRA(AdapterPart):
             raise RecipeError(f"adapter dropout must be in [0, 1), got {self.dropout}")
         if "core" in self.train and self.core == "identity":
             raise RecipeError(f"adapter train={self.train!r} has no core: set adapter.core to 'square' or 'diagonal'")
+        if self.core == "sigmoid" and self.train != "core":
+            raise RecipeError("adapter core='sigmoid' shares out what frozen factors hold: set adapter.train to 'core'")
         if self.train == "A" and self.core != "identity":
             raise RecipeError("adapter train='A' would freeze the core at its start: leave adapter.core at 'identity'")
 

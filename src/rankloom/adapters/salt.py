@@ -20,6 +20,7 @@ from rankloom.targets import Target
 __all__ = ["SALT", "SALTAdapter"]
 
 Clamp = Literal["none", "diag", "official"]
+Start = Literal["identity", "paper"]
 
 
 class SALTAdapter(FactoredAdapter):
@@ -42,9 +43,9 @@ class SALTAdapter(FactoredAdapter):
     sigma: Tensor
     V: Tensor
 
-    def __init__(self, layer: Layer, rank: int, inner: int, clamp: Clamp, dtype: torch.dtype) -> None:
+    def __init__(self, layer: Layer, rank: int, inner: int, clamp: Clamp, start: Start, dtype: torch.dtype) -> None:
         super().__init__()
-        self.rank, self.clamp = rank, clamp
+        self.rank, self.clamp, self.start = rank, clamp, start
         size = min(layer.out_features, layer.in_features)
         shapes = {"gain": (rank,), "shift": (rank,), "X": (size - rank, inner), "Y": (inner, size - rank)}
         for name, shape in shapes.items():
@@ -55,14 +56,16 @@ class SALTAdapter(FactoredAdapter):
 
     @torch.no_grad()
     def reset(self, base: Layer, generator: torch.Generator) -> None:
-        """The weight's singular value decomposition; ``gain``, ``shift`` and ``Y`` at zero, ``X ~ N(0, 0.01^2)``."""
+        """The weight's singular value decomposition; ``gain``, ``shift`` and ``Y`` at zero, ``X ~ N(0, 0.01^2)``, and so
+        ``Y`` in the paper's start."""
         u, s, v = truncated_svd(base.weight(), len(self.sigma))
         self.U.copy_(u)
         self.sigma.copy_(s)
         self.V.copy_(v.mT)
         for parameter in (self.gain, self.shift, self.Y):
             parameter.zero_()
-        self.X.copy_(0.01 * torch.randn(self.X.shape, generator=generator, dtype=self.X.dtype))
+        for factor in (self.X, self.Y) if self.start == "paper" else (self.X,):
+            factor.copy_(0.01 * torch.randn(factor.shape, generator=generator, dtype=factor.dtype))
 
     def moved(self) -> Tensor:
         """How far the leading singular values are from where they were (r,)."""
@@ -105,15 +108,17 @@ class SALT(AdapterPart):
     """``W = U blockdiag(diag(s1 (1 + gain) + shift), diag(s2) + X Y) V^T`` on the singular vectors of ``W`` (out, in).
 
     ``rank``: how many leading values are scaled and shifted; ``lora_rank``: q, of the matrix among the other directions.
-    ``clamp``: which entries are kept from falling below zero (``none``, ``diag``, ``official``). ``penalty`` weighs
-    ``||s1' - s1||_2 + ||X Y||_F`` in the loss. Own start: exactly the pretrained weight (``Y = 0``).
-    Parameters per target: ``2 r + 2 (k - r) q``, k = min(out, in); ``k (in + out + 1)`` frozen numbers are stored beside.
+    ``clamp``: which entries are kept from falling below zero (``none``, ``diag``, ``official``). ``penalty`` weighs ``||s1' -
+    s1||_2 + ||X Y||_F`` in the loss. Own start: exactly the pretrained weight (``Y = 0``), or, as published, with ``X`` and
+    ``Y`` both ``N(0, 0.01^2)`` (``start="paper"``), which moves the function. Parameters per target: ``2 r + 2 (k - r) q``, k
+    = min(out, in); ``k (in + out + 1)`` frozen numbers are stored beside.
     """
 
     rank: int = 8
     lora_rank: int = 4
     clamp: Clamp = "none"
     penalty: float = 0.0
+    start: Start = "identity"
     dtype: Dtype = "auto"
 
     def check(self) -> None:
@@ -136,4 +141,5 @@ class SALT(AdapterPart):
         return _Penalty(bindings, self.penalty) if self.penalty else None
 
     def build(self, target: Target) -> SALTAdapter:
-        return SALTAdapter(target.layer, self.rank, self.lora_rank, self.clamp, adapter_dtype(self.dtype, target.layer))
+        dtype = adapter_dtype(self.dtype, target.layer)
+        return SALTAdapter(target.layer, self.rank, self.lora_rank, self.clamp, self.start, dtype)

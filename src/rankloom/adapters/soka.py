@@ -8,14 +8,16 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from rankloom.adapters.base import AdapterPart, Dtype, adapter_dtype
+from rankloom.adapters.base import AdapterPart, Binding, Dtype, adapter_dtype
 from rankloom.adapters.kronecker import KroneckerAdapter
 from rankloom.adapters.patterned import last_match
 from rankloom.errors import RecipeError, TargetError
+from rankloom.events import Schedule, broadcast
 from rankloom.kernels import Terms
 from rankloom.layers import Layer
-from rankloom.linalg import balanced_sides
+from rankloom.linalg import balanced_sides, energy_rank, recompressed
 from rankloom.parts import part
 from rankloom.targets import Target
 
@@ -90,6 +92,54 @@ class SoKAAdapter(KroneckerAdapter):
             return Terms(self.U, self.V)
         return Terms(torch.cat([self.U - self.U0, self.U0]), torch.cat([self.V, self.V - self.V0]))
 
+    @property
+    def live(self) -> int:
+        """How many terms are not zero."""
+        return int((self.U.flatten(1).any(1) & self.V.flatten(1).any(1)).sum())
+
+    @torch.no_grad()
+    def retruncate(self, energy: float) -> None:
+        """Write the update anew as its own leading terms, the fewest with the share ``energy`` of ``||delta||_F^2``.
+
+        Of an update with an offset there may be up to 2r: the first r train from then on, the others are frozen in place of
+        the start. Terms beyond the kept ones are zero on both sides, where no gradient reaches them. An update of zero stays.
+        """
+        left, right, _ = self.terms()
+        u, s, v = recompressed(left.double(), right.double())
+        if not s.any():
+            return
+        kept = int(broadcast(torch.tensor(energy_rank(s, energy), device=s.device)))
+        root = s[:kept].sqrt()[:, None, None]
+        factors = {"U": (broadcast(root * u[:kept]), -1), "V": (broadcast(root * v[:kept]), 1)}
+        for name, (terms, sign) in factors.items():
+            _fill(self.get_parameter(name), terms[: self.rank])
+            if self.offset:
+                _fill(self.get_buffer(f"{name}0"), sign * terms[self.rank :])
+
+
+def _fill(held: Tensor, terms: Tensor) -> None:
+    held.zero_()
+    held[: len(terms)] = terms
+
+
+class Retruncation(Schedule):
+    """Every ``interval`` steps each target's update is written anew (:meth:`SoKAAdapter.retruncate`); the optimizer's moments,
+    which are of the terms that were, are dropped."""
+
+    def __init__(self, bindings: list[Binding], every: int, energy: float) -> None:
+        self.bindings, self.interval, self.energy = bindings, every, energy
+        self.optimizer: Optimizer | None = None
+
+    def attached(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def on_interval(self, step: int) -> None:
+        assert self.optimizer is not None
+        for binding in self.bindings:
+            binding.adapter.retruncate(self.energy)
+            for parameter in binding.adapter.parameters():
+                self.optimizer.state.pop(parameter, None)
+
 
 @part("adapter", "soka")
 @dataclass(frozen=True)
@@ -101,7 +151,12 @@ class SoKA(AdapterPart):
     ``train="uv"``: the factors; ``"sigma"``: one weight a term, between frozen factors. ``rank_pattern`` overrides the number
     of terms for the targets a pattern matches (last match wins). Parameters per target: ``r (m n + p q)``, or ``r``.
 
+    ``truncate_every``: after every so many steps the update is decomposed anew into its own Kronecker terms, and those that
+    the share ``truncate_energy`` of its squared norm can do without are dropped for good; 0 for never. That moves the function
+    by what is dropped, and ranks only fall.
+
     Raises:
+        RecipeError: re-truncation of terms whose factors are frozen.
         TargetError: more terms than ``min(m n, p q)``, with which the sum is any matrix.
     """
 
@@ -109,6 +164,8 @@ class SoKA(AdapterPart):
 
     rank: int = 8
     train: Literal["uv", "sigma"] = "uv"
+    truncate_every: int = 0
+    truncate_energy: float = 0.999
     dtype: Dtype = "auto"
     rank_pattern: dict[str, int] = field(default_factory=dict)
 
@@ -119,6 +176,15 @@ class SoKA(AdapterPart):
     def check(self) -> None:
         if min([self.rank, *self.rank_pattern.values()]) < 1:
             raise RecipeError(f"adapter rank must be at least 1, got {self.rank} with rank_pattern {self.rank_pattern}")
+        if self.truncate_every < 0 or not 0 < self.truncate_energy <= 1:
+            raise RecipeError(
+                f"adapter.truncate_every is a number of steps (0: never) and adapter.truncate_energy a share in (0, 1], got "
+                f"{self.truncate_every} and {self.truncate_energy}"
+            )
+        if self.truncate_every and self.train == "sigma":
+            raise RecipeError(
+                "re-truncation writes new factors, which train='sigma' freezes: set adapter.train to 'uv'"
+            )
 
     def rank_of(self, target: str) -> int:
         """The number of terms for a target name."""
@@ -133,6 +199,9 @@ class SoKA(AdapterPart):
                     f"{rank} Kronecker terms are more than {target.name} {target.shape} has, {most} of {m} x {n}: lower "
                     f"adapter.rank to at most {most}, or set adapter.rank_pattern for this module"
                 )
+
+    def schedule(self, bindings: list[Binding], total_steps: int | None) -> Schedule | None:
+        return Retruncation(bindings, self.truncate_every, self.truncate_energy) if self.truncate_every else None
 
     def build(self, target: Target) -> SoKAAdapter:
         dtype = adapter_dtype(self.dtype, target.layer)

@@ -25,6 +25,7 @@ __all__ = [
     "fold",
     "measured",
     "merge",
+    "merged_biases",
     "merged_weights",
     "unmerge",
     "wide_delta",
@@ -62,6 +63,7 @@ class MergeReport:
     """What a merge did. ``str(report)`` is one line."""
 
     weights: int
+    biases: int
     whole: int
     dequantized: int
     dtype: str
@@ -71,13 +73,14 @@ class MergeReport:
     seconds: float
 
     def __str__(self) -> str:
+        biases = f", {self.biases} biases" if self.biases else ""
         whole = f" and {self.whole} parameters trained whole" if self.whole else ""
         stored = (
             f" ({self.dequantized} of them dequantised: their storage cannot hold the sum)" if self.dequantized else ""
         )
         untied = f", untied {', '.join(self.untied)}" if self.untied else ""
         measured = str(self.drift) if self.drift else "drift not measured: pass probe=a batch"
-        return f"merged {self.weights} weights{stored}{whole} into {self.dtype}{untied}: {measured}"
+        return f"merged {self.weights} weights{stored}{biases}{whole} into {self.dtype}{untied}: {measured}"
 
 
 @dataclass
@@ -111,7 +114,8 @@ def merge(handle: Handle, probe: Any = None) -> tuple[MergeReport, MergeState]:
     """Fold every update into its weight and detach the adapters.
 
     ``W' = W + delta`` is computed in float64 (float32 where the device has no float64, or where the form keeps statistics of
-    ``W`` in float32) on the dequantised weight, and rounded once, to the weight's own dtype. A module whose tied weight was
+    ``W`` in float32) on the dequantised weight, and rounded once, to the weight's own dtype; where the form moves the bias, so
+    is ``b' = b + bias_delta``. A module whose tied weight was
     adapted alone gets a weight of its own, and the configuration says so.
 
     Args:
@@ -127,10 +131,10 @@ def merge(handle: Handle, probe: Any = None) -> tuple[MergeReport, MergeState]:
     begin = time.perf_counter()
     handle.attach()
     inputs, adapted = measured(handle.model, probe)
-    weights = merged_weights(handle, wide_delta)
+    weights, biases = merged_weights(handle, wide_delta), merged_biases(handle)
     dequantized = len({b.target.module_name for b in handle.bindings if not b.layer.plain})
     handle.detach()
-    state = fold(handle, weights)
+    state = fold(handle, weights, biases)
     base = None if adapted is None else outputs(handle.model, inputs)
     state.swap()
     drift = None
@@ -138,6 +142,7 @@ def merge(handle: Handle, probe: Any = None) -> tuple[MergeReport, MergeState]:
         drift = Drift.between(adapted, outputs(handle.model, inputs), base)
     report = MergeReport(
         weights=len(weights),
+        biases=len(biases),
         whole=len(handle.trained_whole()),
         dequantized=dequantized,
         dtype=", ".join(sorted({str(w.dtype).removeprefix("torch.") for w in weights.values()})) or "nothing",
@@ -149,15 +154,17 @@ def merge(handle: Handle, probe: Any = None) -> tuple[MergeReport, MergeState]:
     return report, state
 
 
-def fold(handle: Handle, weights: dict[str, Tensor]) -> MergeState:
-    """What to swap into the model, which is detached: merged weights, parameters trained whole, untied settings."""
+def fold(handle: Handle, weights: dict[str, Tensor], biases: dict[str, Tensor]) -> MergeState:
+    """What to swap into the model, which is detached: merged tensors, parameters trained whole, untied settings."""
     places = {b.target.module_name: (b.layer.module, getattr(b.layer, "key", "weight")) for b in handle.bindings}
+    merged = {places[name]: weight for name, weight in weights.items()}
+    merged |= {(places[name][0], "bias"): bias for name, bias in biases.items()}
     state = MergeState([], _untied_settings(handle))
-    for name, weight in weights.items():
-        module, key = places[name]
+    for (module, key), tensor in merged.items():
         flag = module.get_parameter(key).requires_grad
-        state.parameters.append((module, key, nn.Parameter(weight, requires_grad=flag)))
-    state.parameters.extend(_whole(handle))
+        state.parameters.append((module, key, nn.Parameter(tensor, requires_grad=flag)))
+    # A bias that is trained whole besides being moved is in the merged one.
+    state.parameters.extend(entry for entry in _whole(handle) if entry[:2] not in merged)
     return state
 
 
@@ -192,6 +199,25 @@ def merged_weights(handle: Handle, delta: Callable[[Binding], Tensor]) -> dict[s
                 f"it cannot be merged; save it with handle.save() and serve it attached"
             )
     return {name: _merged_weight(group, delta) for name, group in by_module(handle.bindings).items()}
+
+
+def merged_biases(handle: Handle) -> dict[str, Tensor]:
+    """The merged bias of every module whose form moves it, in its own dtype. The adapters have to be attached: a bias that is
+    trained whole is in its place then."""
+    groups = by_module(handle.bindings)
+    moving = {name: [b for b in group if b.adapter.bias_delta(b.layer) is not None] for name, group in groups.items()}
+    return {name: _merged_bias(group) for name, group in moving.items() if group}
+
+
+def _merged_bias(group: list[Binding]) -> Tensor:
+    held = group[0].layer.module.get_parameter("bias").detach()
+    merged = held.to(torch.promote_types(held.dtype, torch.float32), copy=True)
+    for binding in group:
+        adapter, dtype = _widened(binding)
+        rows = slice(*binding.layer.rows) if binding.layer.rows else slice(None)
+        merged = merged.to(dtype)
+        merged[rows] += adapter.bias_delta(binding.layer).to(dtype)
+    return _finite(merged.to(held.dtype), group)
 
 
 def _merged_weight(group: list[Binding], delta: Callable[[Binding], Tensor]) -> Tensor:
@@ -230,6 +256,12 @@ def _finite(merged: Tensor, group: list[Binding]) -> Tensor:
 
 def wide_delta(binding: Binding) -> Tensor:
     """The dense update (out, in), computed in float64 where that agrees with what the adapter computes in training."""
+    adapter, dtype = _widened(binding)
+    return adapter.delta(binding.layer).detach().to(dtype)
+
+
+def _widened(binding: Binding) -> tuple[Any, torch.dtype]:
+    """The adapter, or a copy of it, in the precision that its update is formed in, and that of the update."""
     adapter = binding.adapter
     own = next((p.dtype for p in adapter.parameters()), torch.float32)
     dtype = torch.promote_types(own, torch.float32)
@@ -238,7 +270,7 @@ def wide_delta(binding: Binding) -> Tensor:
         dtype = torch.float64
     if dtype != own:
         adapter = copy.deepcopy(adapter).to(dtype)
-    return adapter.delta(binding.layer).detach().to(torch.promote_types(dtype, binding.layer.dtype))
+    return adapter, torch.promote_types(dtype, binding.layer.dtype)
 
 
 def _whole(handle: Handle) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:

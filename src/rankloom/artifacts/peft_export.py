@@ -14,7 +14,7 @@ from rankloom.adapters import Binding
 from rankloom.artifacts.files import replacing, write_json, write_tensors
 from rankloom.artifacts.handle import Handle, as_attached
 from rankloom.artifacts.lowrank import Cut, Factors, overall_error
-from rankloom.artifacts.merge import Drift, fold, measured, merged_weights
+from rankloom.artifacts.merge import Drift, fold, measured, merged_biases, merged_weights
 from rankloom.artifacts.peft_format import CARD, CONFIG, PREFIX, REPORT, WEIGHTS, model_card, target_patterns, task_type
 from rankloom.artifacts.peft_forms import PeftForm, native_kind, peft_form
 from rankloom.artifacts.peft_kinds import KINDS
@@ -89,7 +89,7 @@ def _made(
         _refuse_convolutions(handle.bindings)
         made = peft_form("plain" if plain else native_kind(handle.bindings), handle, cut)
     name = base_model if base_model is not None else handle.fingerprint().name
-    whole = whole_entries(handle, {entry.name for entry in made.entries})
+    whole = whole_entries(handle, {entry.name for entry in made.entries}, merged_biases(handle))
     made.tensors.update({PREFIX + key: tensor for key, tensor in whole.tensors.items()})
     made.config = {**_config(handle, made, whole, name), **made.config}
     return made, {**_report(handle, made, whole, probe), "reason": reason}, name
@@ -171,11 +171,11 @@ def _drift(handle: Handle, entries: Sequence[Factors], probe: Any) -> dict[str, 
         rows = slice(*binding.layer.rows) if binding.layer.rows else slice(None)
         return entry.delta()[rows]
 
-    weights = merged_weights(handle, cut_delta)
+    weights, biases = merged_weights(handle, cut_delta), merged_biases(handle)
     handle.detach()
     try:
         base = outputs(handle.model, inputs)
-        with fold(handle, weights).base():
+        with fold(handle, weights, biases).base():
             return asdict(Drift.between(adapted, outputs(handle.model, inputs), base))
     finally:
         handle.attach()

@@ -169,7 +169,7 @@ def _adalora(handle: Handle, cut: Cut) -> PeftForm:
         if not live.any():
             continue
         a, b = adapter.A.detach()[live], adapter.B.detach()[:, live]
-        core = adapter.E.detach()[live] * (adapter.scale / scale)
+        core = adapter.gains(adapter.E).detach()[live] * (adapter.scale / scale)
         norm = scale * product_norm(b, core[:, None] * a)
         entries.append(Factors(binding.name, binding.layer, a, b, scale, norm=norm))
         parts = {"lora_A": a, "lora_B": b, "lora_E": core[:, None]}

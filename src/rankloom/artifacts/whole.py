@@ -26,8 +26,9 @@ class Whole:
     in_place: list[str] = field(default_factory=list)
 
 
-def whole_entries(handle: Handle, adapted: Collection[str]) -> Whole:
-    """What to write for every parameter trained whole, under every name it has (PEFT copies modules, so ties part).
+def whole_entries(handle: Handle, adapted: Collection[str], biases: Mapping[str, Tensor]) -> Whole:
+    """What to write for every parameter trained whole, under every name it has (PEFT copies modules, so ties part), and for the
+    ``biases`` of adapted modules, by module, that the form has moved.
 
     A parameter of an ordinary leaf module makes that module one of PEFT's ``modules_to_save``. The bias of an adapted
     module goes under its base layer, as PEFT's ``bias="lora_only"`` has it. What is left (a parameter of a container, or a
@@ -40,6 +41,7 @@ def whole_entries(handle: Handle, adapted: Collection[str]) -> Whole:
     names = [name for name, _ in handle.model.named_modules(remove_duplicate=False)]
     for name, module in handle.model.named_modules(remove_duplicate=False):
         own = {k: trained[id(p)] for k, p in module._parameters.items() if id(p) in trained}
+        own |= {"bias": biases[name]} if name in biases else {}
         if not own:
             continue
         if name in adapted:

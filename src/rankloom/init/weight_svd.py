@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -71,6 +72,8 @@ class WeightSubspace(InitPart):
     ``S_i (1 + e_i)``. With ``values=False`` the values stay out of ``A = Q_r^T`` and it moves them absolutely: ``S_i + e_i``.
     """
 
+    variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"values": False})
+
     std: float = 1e-5
     values: bool = True
 
@@ -79,6 +82,10 @@ class WeightSubspace(InitPart):
     @property
     def moves_output(self) -> bool:
         return self.std > 0
+
+    @property
+    def offers(self) -> frozenset[str]:
+        return super().offers | ({"singular values in a factor"} if self.values else set())
 
     @property
     def needs(self) -> frozenset[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,14 +23,15 @@ BLOCK = 1 << 21  # entries of one block of the graph, all sequences of the batch
 class Edges:
     """Which attention becomes an edge: ``w = sigmoid(sharpness (a - threshold))`` where that is above ``cutoff``, else 0.
 
-    ``a`` is the sum of the heads' probabilities, at most 1, or (``mean``) their mean. ``own``: a token's edge to itself only.
+    ``a`` is the sum of the heads' probabilities, at most 1, or (``mean``) their mean. ``senders`` of a token's messages: itself
+    and those before it (``causal``), those before it (``past``), or itself alone (``self``).
     """
 
     sharpness: float = 10.0
     threshold: float = 0.1
     cutoff: float = 0.6
     mean: bool = False
-    own: bool = False
+    senders: Literal["causal", "past", "self"] = "causal"
 
 
 def message_passing(
@@ -42,13 +43,15 @@ def message_passing(
     *,
     scale: float,
     edges: Edges,
+    heads: Tensor | None = None,
     block: int = BLOCK,
 ) -> Tensor:
     """``m_i = eps x_i + sum_{j <= i} w_ij x_j`` for the last n of N tokens (2501.02393).
 
     Peak memory is a few blocks, saved are the inputs alone. Padding, which is what a mask hides from itself, neither sends nor
-    receives. Differentiable once in ``x``, ``eps``, ``query`` and ``key``; edges below the cutoff and sums above 1 have no
-    gradient. Pass ``query`` and ``key`` detached where the graph is not to learn, which also spares a second pass over heads.
+    receives. Differentiable once in ``x``, ``eps``, ``heads``, ``query`` and ``key``; edges below the cutoff and sums above 1
+    have no gradient. Pass ``query`` and ``key`` detached where attention is not to learn from the graph, which spares a second
+    pass over heads unless ``heads`` is learned.
 
     Args:
         x: features of all tokens (B, N, d).
@@ -58,12 +61,13 @@ def message_passing(
         mask: of (B or 1, 1, n, N), boolean (true where a query sees a key) or additive; None for causal attention.
         scale: of the logits.
         edges: what becomes an edge.
+        heads: by what each head's probabilities count (H,); all by 1 where None.
         block: entries of the graph that are formed at once.
 
     Returns:
         (B, n, d) in the dtype of ``x``.
     """
-    out: Tensor = _MessagePassing.apply(x, query, key, eps, mask, scale, edges, block)
+    out: Tensor = _MessagePassing.apply(x, query, key, eps, heads, mask, scale, edges, block)
     return out
 
 
@@ -75,24 +79,25 @@ class _MessagePassing(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         eps: Tensor,
+        heads: Tensor | None,
         mask: Tensor | None,
         scale: float,
         edges: Edges,
         block: int,
     ) -> Tensor:
-        ctx.save_for_backward(x, query, key, eps, mask)
+        ctx.save_for_backward(x, query, key, eps, heads, mask)
         ctx.settings = scale, edges, block
         with torch.autocast(x.device.type, enabled=False):
             own = x[:, x.shape[1] - query.shape[2] :]
             out = eps.to(x.dtype) * own
-            for rows in _blocks(query, key, mask, scale, edges, block):
+            for rows in _blocks(query, key, heads, mask, scale, edges, block):
                 out[:, rows.at] += rows.weights().to(x.dtype) @ x[:, : rows.stop]
             return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, query, key, eps, mask = ctx.saved_tensors
+        x, query, key, eps, heads, mask = ctx.saved_tensors
         scale, edges, block = ctx.settings
         with torch.autocast(x.device.type, enabled=False):
             wide = _wide(x.dtype)
@@ -101,14 +106,18 @@ class _MessagePassing(torch.autograd.Function):
             dx[:, past:] = eps.to(wide) * grad.to(wide)
             deps = (grad.to(wide) * x[:, past:].to(wide)).sum().to(eps.dtype).view_as(eps)
             learns = any(ctx.needs_input_grad[1:3])
-            dq, dk = (torch.zeros(t.shape, dtype=wide, device=t.device) if learns else None for t in (query, key))
-            for rows in _blocks(query, key, mask, scale, edges, block):
+            graph, wanted = (query, key, heads), (learns, learns, ctx.needs_input_grad[4])
+            pulls = [
+                torch.zeros(t.shape, dtype=wide, device=t.device) if t is not None and want else None
+                for t, want in zip(graph, wanted, strict=True)
+            ]
+            for rows in _blocks(query, key, heads, mask, scale, edges, block):
                 w, pulled = rows.weights(), grad[:, rows.at]
                 dx[:, : rows.stop] += w.mT.to(x.dtype) @ pulled
-                if dq is not None and dk is not None:
-                    rows.pull(w, (pulled @ x[:, : rows.stop].mT).to(w.dtype), dq, dk)
-        graph = (dq.to(query.dtype), dk.to(key.dtype)) if dq is not None and dk is not None else (None, None)
-        return dx.to(x.dtype), *graph, deps, None, None, None, None
+                if any(wanted):
+                    rows.pull(w, (pulled @ x[:, : rows.stop].mT).to(w.dtype), *pulls)
+        dq, dk, dheads = (None if d is None else d.to(t.dtype) for d, t in zip(pulls, graph, strict=True))
+        return dx.to(x.dtype), dq, dk, deps, dheads, None, None, None, None
 
 
 @dataclass
@@ -117,6 +126,7 @@ class _Rows:
 
     query: Tensor
     key: Tensor
+    heads: Tensor | None
     mask: Tensor | None
     scale: float
     edges: Edges
@@ -135,7 +145,8 @@ class _Rows:
             self.bias = None if rows.dtype == torch.bool else rows
         # A token that does not see itself is padding.
         present = self.visible.gather(-1, tokens.expand(len(self.visible), -1)[..., None])
-        self.possible = self.visible & present & (keys == tokens[:, None] if self.edges.own else causal)
+        sends = {"causal": torch.le, "past": torch.lt, "self": torch.eq}[self.edges.senders]
+        self.possible = self.visible & present & sends(keys, tokens[:, None])
         self.total: Tensor | None = None
 
     def probabilities(self, head: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,15 +163,20 @@ class _Rows:
     def weights(self) -> Tensor:
         """``w`` (B, rows, stop), in float32 at least."""
         heads, edges = self.query.shape[1], self.edges
-        total = self.probabilities(0)[0]
+        total = self._counted(0)
         for head in range(1, heads):
-            total += self.probabilities(head)[0]
+            total += self._counted(head)
         self.total = total.div_(heads) if edges.mean else total
         w = total.clamp(max=1).sub_(edges.threshold).mul_(edges.sharpness).sigmoid_()
         return w.masked_fill_(~(self.possible & (w > edges.cutoff)), 0)
 
-    def pull(self, w: Tensor, dw: Tensor, dq: Tensor, dk: Tensor) -> None:
-        """Add what a gradient in :meth:`weights` is in queries and keys, through the sigmoid, the clamp and the softmax."""
+    def _counted(self, head: int) -> Tensor:
+        p = self.probabilities(head)[0]
+        return p if self.heads is None else p.mul_(self.heads[head])
+
+    def pull(self, w: Tensor, dw: Tensor, dq: Tensor | None, dk: Tensor | None, dheads: Tensor | None) -> None:
+        """Add what a gradient in :meth:`weights` is in queries, keys and what heads count, where there is room for it: through
+        the sigmoid, the clamp and the softmax."""
         heads, edges = self.query.shape[1], self.edges
         assert self.total is not None
         da = dw.mul_(w).mul_(1 - w).mul_(edges.sharpness / (heads if edges.mean else 1))
@@ -168,18 +184,25 @@ class _Rows:
             da.masked_fill_(self.total > 1, 0)
         for head in range(heads):
             p, q, k = self.probabilities(head)
-            ds = p * (da - (p * da).sum(-1, keepdim=True)) * self.scale
+            if dheads is not None:
+                dheads[head] += (p * da).sum()
+            if dq is None or dk is None:
+                continue
+            dp = da if self.heads is None else da * self.heads[head]
+            ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * self.scale
             dq[:, head, self.at] += ds @ k
             dk[:, head // (heads // dk.shape[1]), : self.stop] += ds.mT @ q
 
 
-def _blocks(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, edges: Edges, block: int) -> Iterator[_Rows]:
+def _blocks(
+    query: Tensor, key: Tensor, heads: Tensor | None, mask: Tensor | None, scale: float, edges: Edges, block: int
+) -> Iterator[_Rows]:
     (batch, _, count, _), keys = query.shape, key.shape[2]
     step = max(1, block // (batch * keys))
     for start in range(0, count, step):
         at = slice(start, min(start + step, count))
         # A mask says itself what attention sees, which may be the future (prefixes); its softmax needs every key.
-        yield _Rows(query, key, mask, scale, edges, at, keys if mask is not None else keys - count + at.stop)
+        yield _Rows(query, key, heads, mask, scale, edges, at, keys if mask is not None else keys - count + at.stop)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

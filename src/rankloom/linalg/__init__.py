@@ -12,6 +12,7 @@ from rankloom.linalg.kronecker import (
     kronecker_sum,
     kronecker_svd,
     rearranged,
+    recompressed,
 )
 from rankloom.linalg.order import kth_smallest
 from rankloom.linalg.polar import polar_factor
@@ -56,6 +57,7 @@ __all__ = [
     "principal_angles",
     "randomized_svd",
     "rearranged",
+    "recompressed",
     "ring_change",
     "ring_change_cost",
     "ring_identity_penalty",

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from rankloom.linalg.svd import leading_svd
 
-__all__ = ["balanced_sides", "divisors", "elbow", "energy_rank", "kronecker_sum", "kronecker_svd", "rearranged"]
+__all__ = [
+    "balanced_sides",
+    "divisors",
+    "elbow",
+    "energy_rank",
+    "kronecker_sum",
+    "kronecker_svd",
+    "rearranged",
+    "recompressed",
+]
 
 
 def divisors(number: int) -> list[int]:
@@ -60,6 +69,17 @@ def kronecker_svd(
     u, s, v, captured = leading_svd(rearranged(matrix, m, n), rank, generator=generator)
     p, q = matrix.shape[0] // m, matrix.shape[1] // n
     return u.mT.reshape(-1, m, n), s, v.mT.reshape(-1, p, q), captured
+
+
+def recompressed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``U`` (k, m, n), ``S`` (k,), ``V`` (k, p, q) of a sum of terms ``left`` (t, m, n), ``right`` (t, p, q): what
+    :func:`kronecker_svd` gives of it, without forming it.
+
+    From the t x t product of two triangular factors, ``R(sum_k U_k (x) V_k) = Q_l R_l R_r^T Q_r^T``; k is at most t.
+    """
+    (q_left, r_left), (q_right, r_right) = (torch.linalg.qr(factor.flatten(1).mT) for factor in (left, right))
+    u, s, vh = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
+    return (q_left @ u).mT.reshape(-1, *left.shape[1:]), s, (q_right @ vh.mT).mT.reshape(-1, *right.shape[1:])
 
 
 def energy_rank(values: Tensor, share: float) -> int:
