@@ -29,12 +29,9 @@ from rankloom.linalg.tensor_ring import (
     chain,
     mode_sizes,
     ring_change,
-    ring_change_cost,
     ring_identity_penalty,
     ring_orthogonality_penalty,
     ring_terms,
-    ring_times,
-    rows_times_kronecker,
 )
 
 __all__ = [
@@ -57,12 +54,9 @@ __all__ = [
     "randomized_svd",
     "rearranged",
     "ring_change",
-    "ring_change_cost",
     "ring_identity_penalty",
     "ring_orthogonality_penalty",
     "ring_terms",
-    "ring_times",
-    "rows_times_kronecker",
     "spd_inverse",
     "spd_sylvester",
     "truncated_svd",
