@@ -39,15 +39,15 @@ def way(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize(("terms", "m", "p", "width"), SIZES)
-@pytest.mark.parametrize("needs_x", [True, False])
+@pytest.mark.parametrize(("needs_x", "keep"), [(True, False), (True, True), (False, True)])
 def test_both_ways_are_the_dense_sum(
-    way: str, monkeypatch: pytest.MonkeyPatch, terms: int, m: int, p: int, width: int, needs_x: bool
+    way: str, monkeypatch: pytest.MonkeyPatch, terms: int, m: int, p: int, width: int, needs_x: bool, keep: bool
 ) -> None:
     monkeypatch.setattr(kronecker_blocks, "BLOCK", 1)  # several blocks
     sides = factors(terms, m, p)
     x = torch.randn(130, width, dtype=torch.float64, requires_grad=needs_x)
     pull = torch.randn(width, 130, dtype=torch.float64).mT  # not contiguous, as gradients may be
-    got, want = kronecker_rows(x, *sides), x @ dense(*sides, width).mT
+    got, want = kronecker_rows(x, *sides, keep=keep), x @ dense(*sides, width).mT
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
     asked = [*([x] if needs_x else []), *(side for side in sides if side.numel())]
     found, true = (torch.autograd.grad(y, asked, pull) for y in (got, want))
@@ -81,15 +81,17 @@ def test_many_terms_are_summed_for_many_rows() -> None:
     assert seen == [False, True]
 
 
-def test_the_input_is_kept_and_nothing_as_large_as_the_sum(way: str) -> None:
-    kept: list[Tensor] = []
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_input_is_kept_and_what_lies_between_where_asked(way: str, keep: bool) -> None:
+    kept: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
+        kept.append(tensor.numel())
         return tensor
 
     sides, x = factors(4, 6, 4), torch.randn(70, 24, dtype=torch.float64, requires_grad=True)
     unpack: Callable[[Tensor], Tensor] = lambda tensor: tensor  # noqa: E731
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        kronecker_rows(x, *sides)
-    assert sorted(t.numel() for t in kept) == sorted([x.numel(), *(side.numel() for side in sides)])
+        kronecker_rows(x, *sides, keep=keep)
+    between = 4 * x.numel() if keep and way == "terms" else 0
+    assert sum(kept) == x.numel() + sum(side.numel() for side in sides) + between

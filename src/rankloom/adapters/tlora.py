@@ -141,7 +141,8 @@ class TLoRAAdapter(Adapter):
         def rows(weight: Tensor | None, span: slice, left: Tensor, right: Tensor, *terms: Tensor) -> Tensor:
             assert weight is not None
             # A row of W T is T^T times that of W.
-            return torch.addmm(kronecker_rows(weight, *(side.mT for side in terms)), left[span], right)
+            turned = kronecker_rows(weight, *(side.mT for side in terms), keep=True)
+            return torch.addmm(turned, left[span], right)
 
         shape = base.out_features, base.in_features
         factors = [side.to(x.dtype) for side in self.residual(base)]

@@ -26,13 +26,14 @@ BLOCK = 1 << 17  # numbers of a block of rows
 LANES = 64  # rows come in multiples of it: products over other widths are slower
 
 
-def kronecker_rows(x: Tensor, left: Tensor, right: Tensor, alone: Tensor) -> Tensor:
+def kronecker_rows(x: Tensor, left: Tensor, right: Tensor, alone: Tensor, *, keep: bool = False) -> Tensor:
     """``x (sum_k U_k (x) V_k + I (x) E)^T`` for rows ``x`` (rows, N), ``left`` (t, m, m), ``right`` (t, p, p), ``alone`` (p, p).
 
     Where ``m p > N`` the sum is cut to (N, N). The factors may be wider than ``x``, in whose dtype all is multiplied, and get
     their gradients in their own. Differentiable once in everything; of what it takes only ``x`` is kept for the backward pass.
+    ``keep``: ``H`` too, which is t times as large, for a graph that is gone in a moment.
     """
-    out: Tensor = _KroneckerRows.apply(x, left, right, alone)
+    out: Tensor = _KroneckerRows.apply(x, keep and torch.is_grad_enabled(), left, right, alone)
     return out
 
 
@@ -49,34 +50,42 @@ def _ways(rows: int, terms: int, m: int, p: int, dtype: torch.dtype) -> tuple[in
 
 class _KroneckerRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *factors: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, keep: bool, *factors: Tensor) -> Tensor:
         ctx.save_for_backward(x, *factors)
         if _summed(x, *factors):
             return x @ _sum(x, *factors).mT
         sides = _Sides(x.dtype, *factors)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        kept = []
         for span in _spans(x):
-            out[span] = sides.product(sides.across(x[span])).flatten(0, 1)[: x.shape[1]].mT
+            across = sides.across(x[span])
+            between = sides.between(across)
+            out[span] = sides.product(across, between).flatten(0, 1)[: x.shape[1]].mT
+            kept += [between] * keep
+        ctx.save_for_backward(x, *factors, *kept)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *factors = ctx.saved_tensors
+        x, left, right, alone, *kept = ctx.saved_tensors
+        factors = left, right, alone
         needs_x = ctx.needs_input_grad[0]
         if _summed(x, *factors):
             leaves = [factor.detach().requires_grad_() for factor in factors]
             with torch.enable_grad():
                 whole = _sum(x, *leaves)
             grads = torch.autograd.grad(whole, leaves, grad.mT @ x)
-            return grad @ whole.detach() if needs_x else None, *grads
+            return grad @ whole.detach() if needs_x else None, None, *grads
         sides = _Sides(x.dtype, *factors)
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
-        for span in _spans(x):
-            down = sides.pull(sides.across(x[span]), sides.across(grad[span]), needs_x)
+        for index, span in enumerate(_spans(x)):
+            across = sides.across(x[span])
+            between = kept[index] if kept else sides.between(across)
+            down = sides.pull(across, between, sides.across(grad[span]), needs_x)
             if grad_x is not None and down is not None:
                 grad_x[span] = down.flatten(0, 1)[: x.shape[1]].mT
-        return grad_x, *sides.gradients()
+        return grad_x, None, *sides.gradients()
 
 
 def _summed(x: Tensor, left: Tensor, right: Tensor, alone: Tensor) -> bool:
@@ -112,18 +121,18 @@ class _Sides:
         """``H`` (m, t p, n)."""
         return (self.left @ x.flatten(1)).view(self.m, self.terms * self.p, x.shape[2])
 
-    def product(self, x: Tensor) -> Tensor:
-        return torch.bmm(_each(self.alone, x), x).baddbmm_(_each(self.right, x), self.between(x))
+    def product(self, x: Tensor, between: Tensor) -> Tensor:
+        return torch.bmm(_each(self.alone, x), x).baddbmm_(_each(self.right, x), between)
 
-    def pull(self, x: Tensor, grad: Tensor, needs_x: bool) -> Tensor | None:
+    def pull(self, x: Tensor, between: Tensor, grad: Tensor, needs_x: bool) -> Tensor | None:
         """Adds up the factors' gradients; returns the block's."""
-        between = torch.bmm(_each(self.right.mT, grad), grad).view(len(self.left), self.p * x.shape[2])
-        self.sums[0] += between @ x.flatten(1).mT
-        self.sums[1] += torch.bmm(grad, self.between(x).mT).sum(0)
+        above = torch.bmm(_each(self.right.mT, grad), grad).view(len(self.left), self.p * x.shape[2])
+        self.sums[0] += above @ x.flatten(1).mT
+        self.sums[1] += torch.bmm(grad, between.mT).sum(0)
         self.sums[2] += torch.bmm(grad, x.mT).sum(0)
         if not needs_x:
             return None
-        return torch.bmm(_each(self.alone.mT, grad), grad).flatten(1).addmm_(self.left.mT, between).view(x.shape)
+        return torch.bmm(_each(self.alone.mT, grad), grad).flatten(1).addmm_(self.left.mT, above).view(x.shape)
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         left, right, alone = self.sums
