@@ -49,7 +49,6 @@ from common import (
 )
 from rankloom.adapters import FactoredAdapter
 from rankloom.kernels import contraction, contraction_macs
-from rankloom.linalg import ring_change_cost
 from step_overhead import LINEARS
 from step_overhead import build as llama
 
@@ -214,8 +213,10 @@ def extra_macs(adapter: Any, out: int, into: int, tokens: int, length: int) -> f
         return min(factored(len(a), b.requires_grad, a.requires_grad), whole)
 
     def ring() -> float:
-        (token, once), rank = ring_change_cost(adapter.sizes, adapter.bonds.shape[-1]), adapter.rank**2
-        row = into * (adapter.bonds.shape[-1] ** 2 + 1) * (into // adapter.sizes[-1] + adapter.sizes[-1])
+        sizes, bond, rank = adapter.sizes, adapter.bonds.shape[-1], adapter.rank**2
+        inner = sum(bond * (size + 2) for size in sizes[1:-1])
+        token, once = into * bond**2 * (sizes[0] + sizes[-1] + inner + 2 * bond), into**2 * (bond**2 + 1)
+        row = into * (bond**2 + 1) * (into // sizes[-1] + sizes[-1])
         by_weight = out * (3.0 * min(row, into**2) + into * (4 * rank + tokens)) + once
         return min(by_weight, min(3.0 * tokens * token, 3.0 * (tokens * into**2 + once)) + factored(rank))
 

@@ -48,37 +48,30 @@ def test_half_precision_leaves_every_bit() -> None:
 
 
 @pytest.mark.parametrize("into", [24, 23])  # 23 is padded to 24
-def test_both_ways_are_the_dense_transform(into: int) -> None:
+@pytest.mark.parametrize("modes", [1, 2, 3])
+def test_formed_and_by_tokens_are_the_dense_transform(into: int, modes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = nn.Linear(into, 12).double()
-    handle = adapted(layer, 0.3)
-    adapter = handle.bindings[0].adapter
+    handle = adapted(layer, 0.3, modes=modes)
+    adapter, base = handle.bindings[0].adapter, handle.bindings[0].layer
     x = torch.randn(4, into, dtype=torch.float64, requires_grad=True)
-    change = adapter.change()
+    change, (left, right) = adapter.change(), adapter.residual(base)
     assert change.shape == (into, into)
-    left, right = adapter.residual(handle.bindings[0].layer)
     want = nn.functional.linear(x, layer.weight @ (torch.eye(into) + change) + left @ right, layer.bias)
-    torch.testing.assert_close(handle.model(x), want, rtol=1e-10, atol=1e-10)
-    cores = adapter.cores("T")
-    ways = [way(x) for way in (adapter._by_matrix, adapter._by_cores)]
-    pull = torch.randn_like(x)
-    for out in ways:
-        torch.testing.assert_close(out, x @ change.mT, rtol=1e-10, atol=1e-10)
-    first, second = (torch.autograd.grad(out, [x, *cores], pull) for out in ways)
-    for one, other in zip(first, second, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    pull, trained = torch.randn_like(want), list(adapter.parameters())
+    true = torch.autograd.grad(want, [x, *trained], pull)
+    for formed in (True, False):
+        monkeypatch.setattr(adapter, "forms", lambda *_, formed=formed: formed)
+        out = handle.model(x)
+        torch.testing.assert_close(out, want, rtol=1e-10, atol=1e-10)
+        for one, other in zip(torch.autograd.grad(out, [x, *trained], pull), true, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
-def test_few_tokens_go_core_by_core(monkeypatch: Any) -> None:
-    handle = adapted(nn.Linear(512, 16), transform_rank=1)
-    adapter, seen = handle.bindings[0].adapter, []
-    for name in ("_by_matrix", "_by_cores"):
-        run = getattr(adapter, name)
-        monkeypatch.setattr(adapter, name, lambda *a, name=name, run=run: seen.append(name) or run(*a))
-    handle.model(torch.randn(2, 512))
-    wide = adapted(nn.Linear(8, 16), transform_rank=3)
-    monkeypatch.setattr(wide.bindings[0].adapter, "_by_cores", None)
-    wide.model(torch.randn(1000, 8))
-    assert seen == ["_by_cores"]
+def test_narrow_outputs_are_formed_and_wide_ones_go_by_tokens() -> None:
+    for out, formed in ((192, True), (576, True), (1536, False)):
+        binding = adapted(nn.Linear(576, out)).bindings[0]
+        assert binding.adapter.forms(binding.layer, 1024, torch.float32) is formed
+        assert not binding.adapter.forms(binding.layer, 8, torch.float32)
 
 
 def test_ranks_of_both_parts() -> None:

@@ -81,8 +81,9 @@ class SALTAdapter(FactoredAdapter):
             block = torch.maximum(self.X @ self.Y, -torch.diag(self.sigma[self.rank :]))
             return torch.cat([first, others @ block], 1), self.V
         rows = torch.cat([self.V[: self.rank], self.Y @ self.V[self.rank :]])
-        # From the left: products with a few rows run several times as fast as those with a few columns.
-        return torch.cat([first, (self.X.mT @ others.mT).mT], 1), rows
+        # From the left: products with a few rows run several times as fast as those with a few columns. Contiguous: or else
+        # the gradient's product has a few columns.
+        return torch.cat([first, (self.X.mT.contiguous() @ others.mT).mT], 1), rows
 
     def size(self) -> Tensor:
         """``||moved||_2 + ||X Y||_F``, the released code's regulariser; from Gram matrices, without forming ``X Y``."""

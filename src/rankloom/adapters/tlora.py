@@ -9,25 +9,20 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from rankloom.adapters.base import Adapter, AdapterPart, Binding, Dtype, adapter_dtype
 from rankloom.adapters.factored import frozen_operands
 from rankloom.errors import RecipeError
 from rankloom.events import Schedule
-from rankloom.kernels import Update, digits_worth, materialized_linear
+from rankloom.kernels import Update, kronecker_rows, kronecker_rows_macs, materialized_linear
 from rankloom.layers import Conv2dLayer, EmbeddingLayer, Layer
 from rankloom.linalg import (
     chain,
-    kronecker_sum,
     mode_sizes,
     ring_change,
-    ring_change_cost,
     ring_identity_penalty,
     ring_orthogonality_penalty,
     ring_terms,
-    ring_times,
-    rows_times_kronecker,
 )
 from rankloom.parts import part
 from rankloom.targets import Target
@@ -36,7 +31,6 @@ __all__ = ["RingPenalty", "TLoRA", "TLoRAAdapter"]
 
 Bonds = Literal["random", "uniform"]
 MOST_MODES = 8
-THIN = 16  # a multiplication in the cores' thin products takes the time of about so many in one large product
 
 
 class TLoRAAdapter(Adapter):
@@ -44,9 +38,9 @@ class TLoRAAdapter(Adapter):
 
     The trained ``T_d`` (I_d, I_d, R, R) are the deviation: they start at zero, and ``T - I`` is formed from them. ``Delta`` has
     cores ``B_d`` (O_d, R', R') for the output and ``C_d`` (J_d, R', R') for the input, ``B_0 = 0``: a product of factors of width
-    ``R'^2``. ``W' x = W (x + (T - I) x) + Delta x``, with ``W'`` formed once, with ``T - I`` formed once, or core by core,
-    whichever is cheaper for the number of tokens. On a convolution ``T`` mixes the channels (of each group), at every position
-    of the kernel alike.
+    ``R'^2``. ``W' x = W (x + (T - I) x) + Delta x``: ``T - I``, a sum of Kronecker products of the last mode and the others,
+    meets the tokens, or the rows of ``W`` to form ``W'``, whichever is cheaper. On a convolution ``T`` mixes the channels (of
+    each group), at every position of the kernel alike.
     """
 
     needs_base: ClassVar[Literal["never", "init", "merge", "every_step"]] = "merge"
@@ -108,17 +102,13 @@ class TLoRAAdapter(Adapter):
         """``T - I`` (in, in); of a convolution's channels."""
         return ring_change(self.cores("T"), self.bonds)[: self.channels, : self.channels]
 
-    def terms(self, dtype: torch.dtype) -> list[Tensor]:
-        """The Kronecker terms of ``T - I``."""
-        return [side.to(dtype) for side in ring_terms(self.cores("T"), self.bonds)]
-
     def delta(self, base: Layer) -> Tensor:
         left, right = self.residual(base)
         weight = base.weight().to(left.dtype).view(base.out_features, self.channels, -1)
         return torch.einsum("ocp,cd->odp", weight, self.change()).flatten(1) + left @ right
 
     def forward(self, x: Tensor, base: Layer) -> Tensor:
-        if frozen_operands(x, base) is not None and self.forms(base, x.numel() // self.channels, digits_worth(x.dtype)):
+        if frozen_operands(x, base) is not None and self.forms(base, x.numel() // self.channels, x.dtype):
             return self._formed(x, base)
         left, right = self.residual(base)
         dtype = x.dtype if x.is_floating_point() else base.dtype
@@ -136,60 +126,35 @@ class TLoRAAdapter(Adapter):
             transformed = base(x + moved)
         return transformed + update.to(transformed.dtype)
 
-    def forms(self, base: Layer, tokens: int, worth: float = 1.0) -> bool:
+    def forms(self, base: Layer, tokens: int, dtype: torch.dtype) -> bool:
         """Whether ``W T + Delta`` takes fewer multiply-adds in a step of training than the tokens' way through both.
 
-        Each way is gone three times: forward, backward, and for the gradient of what ``T`` and ``Delta`` are made of.
-        ``worth``: how small a share of the latter the former has to be.
+        Forward, backward, and for the gradient of what ``T`` and ``Delta`` are made of. In half precision neither way spares the
+        last digits: ``x + (T - I) x`` is rounded as ``W T`` is.
         """
         out, into = base.out_features, base.in_features
-        by_weight = out * (3 * min(self._by_terms(), into**2) + into * (4 * self.rank**2 + tokens))
-        return by_weight < worth * 3 * tokens * (into**2 + self.rank**2 * (out + into))
-
-    def _by_terms(self) -> int:
-        """Multiply-adds of a row of ``W`` with the Kronecker terms of ``T - I``, small products counted double."""
-        width, last = math.prod(self.sizes), self.sizes[-1]
-        return 2 * width * (len(self.bonds[0]) ** 2 + 1) * (width // last + last)
+        terms = len(self.bonds[0]) ** 2, math.prod(self.sizes[:-1]), self.sizes[-1], dtype
+        by_weight = 3 * kronecker_rows_macs(out, *terms) + out * into * (4 * self.rank**2 + tokens)
+        return by_weight < 3 * (kronecker_rows_macs(tokens, *terms) + tokens * self.rank**2 * (out + into))
 
     def _formed(self, x: Tensor, base: Layer) -> Tensor:
-        apart = self._by_terms() < self.channels**2
-
-        def rows(
-            weight: Tensor | None, span: slice, first: Tensor, last: Tensor, left: Tensor, right: Tensor
-        ) -> Tensor:
+        def rows(weight: Tensor | None, span: slice, left: Tensor, right: Tensor, *terms: Tensor) -> Tensor:
             assert weight is not None
-            padded = F.pad(weight, (0, math.prod(self.sizes) - self.channels))
-            turned = rows_times_kronecker(padded, first, last) if apart else padded @ kronecker_sum(first, last)
-            return torch.addmm(turned[:, : self.channels], left[span], right)
+            # A row of W T is T^T times that of W.
+            turned = kronecker_rows(weight, *(side.mT for side in terms), keep=True)
+            return torch.addmm(turned, left[span], right)
 
         shape = base.out_features, base.in_features
-        tensors = [*self.terms(x.dtype), *(side.to(x.dtype) for side in self.residual(base))]
+        factors = [side.to(x.dtype) for side in self.residual(base)]
+        tensors = [*factors, *ring_terms(self.cores("T"), self.bonds)]
         return materialized_linear(x, Update(shape, rows, base.weight), tensors, base.apply)
 
     def _moved(self, x: Tensor) -> Tensor:
         """``(T - I) x``; of what it takes only ``x`` is kept for the backward pass."""
-        tokens = x.numel() // self.channels
-        token, once = ring_change_cost(self.sizes, self.bonds.shape[-1])
-        run = self._by_matrix if tokens * self.channels**2 + THIN * once <= THIN * tokens * token else self._by_cores
-        return run(x)
-
-    def _by_matrix(self, x: Tensor) -> Tensor:
-        def rows(_: Tensor | None, span: slice, first: Tensor, last: Tensor) -> Tensor:
-            return kronecker_sum(first, last)[span, : self.channels]
-
         if torch.is_autocast_enabled(x.device.type):  # the kernel multiplies in the dtype it is given
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        whole = Update((self.channels, self.channels), rows, added=False, multiple=self.channels)
-        return materialized_linear(x, whole, self.terms(x.dtype), F.linear)
-
-    def _by_cores(self, x: Tensor) -> Tensor:
-        out: Tensor = checkpoint(self._chained, x, *self.cores("T"), use_reentrant=False, preserve_rng_state=False)
-        return out
-
-    def _chained(self, x: Tensor, *cores: Tensor) -> Tensor:
-        flat = F.pad(x.reshape(-1, self.channels), (0, math.prod(self.sizes) - self.channels))
-        out = ring_times(flat, [core.to(x.dtype) for core in cores], self.bonds.to(x.dtype))
-        return out[:, : self.channels].reshape(x.shape)
+        terms = ring_terms(self.cores("T"), self.bonds)
+        return kronecker_rows(x.reshape(-1, self.channels), *terms).view(x.shape)
 
 
 class RingPenalty(Schedule):

@@ -30,12 +30,9 @@ from rankloom.linalg.tensor_ring import (
     chain,
     mode_sizes,
     ring_change,
-    ring_change_cost,
     ring_identity_penalty,
     ring_orthogonality_penalty,
     ring_terms,
-    ring_times,
-    rows_times_kronecker,
 )
 
 __all__ = [
@@ -59,12 +56,9 @@ __all__ = [
     "rearranged",
     "recompressed",
     "ring_change",
-    "ring_change_cost",
     "ring_identity_penalty",
     "ring_orthogonality_penalty",
     "ring_terms",
-    "ring_times",
-    "rows_times_kronecker",
     "spd_inverse",
     "spd_sylvester",
     "truncated_svd",

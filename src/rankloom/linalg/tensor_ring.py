@@ -23,12 +23,9 @@ __all__ = [
     "chain",
     "mode_sizes",
     "ring_change",
-    "ring_change_cost",
     "ring_identity_penalty",
     "ring_orthogonality_penalty",
     "ring_terms",
-    "ring_times",
-    "rows_times_kronecker",
 ]
 
 
@@ -58,14 +55,14 @@ def chain(cores: Sequence[Tensor]) -> Tensor:
     return reduce(lambda left, core: torch.einsum("pab,ibc->piac", left, core).flatten(0, 1), cores)
 
 
-def ring_terms(cores: Sequence[Tensor], bonds: Tensor) -> tuple[Tensor, Tensor]:
-    """``T - I`` as ``R^2 + 1`` Kronecker terms: left (t, L, L) of the modes before the last, right (t, I_D, I_D) of the last.
+def ring_terms(cores: Sequence[Tensor], bonds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``T - I = sum_k U_k (x) V_k + I (x) E``: ``R^2`` terms (t, L, L) and (t, I_D, I_D), and ``E`` (I_D, I_D).
 
     With ``c_d = A_1 .. A_d - M_1 .. M_d`` for the first d modes, ``c_d = c_{d-1} A_d + M_1 .. M_{d-1} E_d``: the last mode closes
-    the ring, each slice of ``c_{D-1}`` beside one of ``A_D``, and the identity beside ``tr(M_1 .. M_{D-1} E_D)``.
+    the ring, each slice of ``c_{D-1}`` beside one of ``A_D``, and the identity beside ``tr(M_1 .. M_{D-1} E_D)``. A single core
+    has no terms.
     """
-    rank, width = bonds.shape[-1], 1
-    before = torch.eye(rank, dtype=bonds.dtype, device=bonds.device)
+    before = torch.eye(bonds.shape[-1], dtype=bonds.dtype, device=bonds.device)
     changed: Tensor | None = None  # (L, L, R, R)
     for core, bond in zip(cores[:-1], bonds[:-1], strict=True):
         fresh = before @ core
@@ -75,14 +72,13 @@ def ring_terms(cores: Sequence[Tensor], bonds: Tensor) -> tuple[Tensor, Tensor]:
             changed = (torch.einsum("abxr,ijrs->aibjxs", changed, whole) + apart).flatten(2, 3).flatten(0, 1)
         else:
             changed = fresh
-        before, width = before @ bond, width * len(core)
+        before = before @ bond
     last = cores[-1]
-    alone = torch.einsum("xr,ijrx->ij", before, last)[None]
+    alone = torch.einsum("xr,ijrx->ij", before, last)
     if changed is None:
-        return torch.ones_like(alone[:, :1, :1]), alone
+        return alone.new_empty(0, 1, 1), alone.expand(0, -1, -1), alone
     closing = last + _identity(last)[:, :, None, None] * bonds[-1]
-    left = torch.cat([changed.permute(2, 3, 0, 1).flatten(0, 1), _identity(changed)[None]])
-    return left, torch.cat([closing.permute(3, 2, 0, 1).flatten(0, 1), alone])
+    return changed.permute(2, 3, 0, 1).flatten(0, 1), closing.permute(3, 2, 0, 1).flatten(0, 1), alone
 
 
 def _identity(like: Tensor) -> Tensor:
@@ -91,38 +87,9 @@ def _identity(like: Tensor) -> Tensor:
 
 def ring_change(cores: Sequence[Tensor], bonds: Tensor) -> Tensor:
     """``T - I`` (N, N) of ``E_d`` (I_d, I_d, R, R) and ``M`` (D, R, R), ``N = prod I_d``."""
-    return kronecker_sum(*ring_terms(cores, bonds))
-
-
-def rows_times_kronecker(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """``rows (sum_k U_k (x) V_k)`` (h, n q) for ``rows`` (h, m p), ``left`` (t, m, n), ``right`` (t, p, q), without the sum."""
-    (t, m, n), (_, p, q) = left.shape, right.shape
-    # The larger factor meets all columns at once; the smaller one then sums over terms, row by row.
-    first = rows.view(-1, m, p).transpose(1, 2).reshape(-1, m) @ left.movedim(0, 1).flatten(1)
-    second = right.permute(2, 1, 0).flatten(1).expand(len(rows), q, p * t)
-    return torch.bmm(second, first.view(-1, p * t, n)).transpose(1, 2).reshape(-1, n * q)
-
-
-def ring_times(x: Tensor, cores: Sequence[Tensor], bonds: Tensor) -> Tensor:
-    """``(T - I) x`` for rows ``x`` (tokens, N), core by core, without forming ``T``."""
-    rank = bonds.shape[-1]
-    whole = x[:, :, None, None] * torch.eye(rank, dtype=x.dtype, device=x.device)
-    moved, done = torch.zeros_like(whole), 1
-    for core, bond in zip(cores[:-1], bonds[:-1], strict=True):
-        shape, done = (len(x) * done, len(core), -1, rank, rank), done * len(core)
-        step = torch.einsum("pjqxr,ijrs->piqxs", whole.reshape(shape), core).reshape(whole.shape)
-        whole, moved = step + whole @ bond, step + moved @ bond
-    last = whole.view(len(x) * done, len(cores[-1]), rank, rank)
-    change = torch.einsum("pjxr,ijrx->pi", last, cores[-1]).view(x.shape)
-    return change + torch.einsum("tnxr,rx->tn", moved, bonds[-1])
-
-
-def ring_change_cost(sizes: Sequence[int], rank: int) -> tuple[int, int]:
-    """Multiplications of :func:`ring_times` for a token, and of :func:`ring_change` once."""
-    width = reduce(int.__mul__, sizes)
-    inner = sum(rank * (size + 2) for size in sizes[1:-1])
-    token = width * rank**2 * (sizes[0] + sizes[-1] + inner + 2 * rank)
-    return token, width**2 * (rank**2 + 1)
+    left, right, alone = ring_terms(cores, bonds)
+    terms = torch.cat([left, torch.eye(left.shape[1], dtype=left.dtype, device=left.device)[None]])
+    return kronecker_sum(terms, torch.cat([right, alone[None]]))
 
 
 def ring_identity_penalty(cores: Sequence[Tensor], bonds: Tensor) -> Tensor:
