@@ -52,7 +52,12 @@ def mode_sizes(dimension: int, modes: int) -> tuple[int, ...]:
 
 def chain(cores: Sequence[Tensor]) -> Tensor:
     """``B_1[i_1] ... B_D[i_D]`` (prod I_d, R, R) of cores (I_d, R, R), the first index slowest."""
-    return reduce(lambda left, core: torch.einsum("pab,ibc->piac", left, core).flatten(0, 1), cores)
+
+    def joined(left: Tensor, core: Tensor) -> Tensor:
+        product = left.flatten(0, 1) @ core.transpose(0, 1).flatten(1)
+        return product.view(*left.shape[:2], len(core), -1).transpose(1, 2).flatten(0, 1)
+
+    return reduce(joined, cores)
 
 
 def ring_terms(cores: Sequence[Tensor], bonds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
