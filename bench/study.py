@@ -87,7 +87,7 @@ def show(bench: Bench, rows: list[dict[str, Any]]) -> None:
             cells["to lora"] = f"{last['to_lora']:+.4f} ±{last['to_lora_95']:.4f} {verdict(last)}"
         cells |= {"init s": f"{row['init_seconds']:.1f}", "init MB": f"{row['init_mb']:.0f}"}
         printed.append(cells)
-    print(f"\n{bench.task.title}; {bench.steps} steps (* best rate at an end of its grid)")
+    print(f"\n{bench.task.title}; {bench.steps} steps (* a neighbour of the best rate was not tried)")
     table(printed, list(dict.fromkeys(key for cells in printed for key in cells)))
 
 
