@@ -340,14 +340,14 @@ def child(variant: str, kind: str, dtype: str) -> None:
 
 
 def memory(kind: str, dtype: str, forms: list[str]) -> list[dict[str, Any]]:
-    """Peak memory of every form and PEFT's over the limit's, a process each."""
+    """Peak memory of every form and PEFT's over the limit's, a process each; the limit's is a median of five."""
 
     def peak(variant: str) -> float:
         command = [sys.executable, __file__, "--child", variant, "--models", kind, "--dtype", dtype]
         out = subprocess.run(command, check=True, capture_output=True, text=True, env=plain_environment())
         return float(json.loads(out.stdout.strip().splitlines()[-1])["peak_mb"])
 
-    limit, rows = peak(LIMIT), []
+    limit, rows = statistics.median(peak(LIMIT) for _ in range(5)), []
     for name in forms:
         row = {"form": name, "over_limit_mb": peak(name) - limit}
         if FORMS[name].peft:
