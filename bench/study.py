@@ -231,7 +231,6 @@ class Study:
         torch.set_num_threads(1)
         path, begin = Path(args.json), time.monotonic()
         runs = Runs(path.with_suffix(".jsonl"))
-        result = json.loads(path.read_text()) if path.is_file() else {"tasks": {}}
         for name in args.task:
             bench = Bench(name, args.steps)
             self.work(
@@ -243,6 +242,8 @@ class Study:
             show(bench, rows)
             self.figure(bench, rows, Path(args.figures) / f"{self.name}_{name}.svg")
             left_out = sorted(set(self.methods) - {row["method"] for row in rows})
+            # Read only now: another task of the same study may have ended meanwhile.
+            result = json.loads(path.read_text()) if path.is_file() else {"tasks": {}}
             settings = {**bench.settings, "title": bench.task.title, "ladder": LADDER}
             result["tasks"][name] = {"settings": settings, "cut": left_out, "methods": rows, "provenance": provenance()}
             write(args.json, result)
