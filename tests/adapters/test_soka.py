@@ -141,6 +141,11 @@ def frozen(adapter: Any) -> Tensor:
     return -kron(adapter.U0, adapter.V0)
 
 
+def live(adapter: Any) -> int:
+    """How many terms are not zero."""
+    return int((adapter.U.flatten(1).any(1) & adapter.V.flatten(1).any(1)).sum())
+
+
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("energy", [0.3, 0.9, 0.999])
 def test_what_is_dropped_is_the_energy_beyond_the_share(init: str, energy: float) -> None:
@@ -152,7 +157,7 @@ def test_what_is_dropped_is_the_energy_beyond_the_share(init: str, energy: float
     adapter.retruncate(energy)
     dropped = (adapter.delta(binding.layer) - before).square().sum()
     torch.testing.assert_close(dropped, values[kept:].sum(), rtol=1e-9, atol=1e-12)
-    assert adapter.live == min(kept, 4)
+    assert live(adapter) == min(kept, 4)
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -170,7 +175,7 @@ def test_dropped_terms_are_dead_and_ranks_only_fall(init: str) -> None:
             assert not factor.grad[dead].any() and not factor[dead].any()
             assert factor.grad[~dead].flatten(1).any(1).all()
         handle.step()
-        counts.append(adapter.live)
+        counts.append(live(adapter))
     assert optimizer.param_groups and counts == sorted(counts, reverse=True)
     assert counts[:2] == [4, 4] and counts[2] == counts[3] < 4 and counts[-1] >= 1
 
@@ -200,7 +205,7 @@ def test_resuming_across_a_retruncation_is_bit_exact(stop: int) -> None:
 
     straight, optimizer = start(0)
     losses = zoo.train(straight, optimizer, data, 8)
-    assert min(b.adapter.live for b in straight.bindings) < 3
+    assert min(live(b.adapter) for b in straight.bindings) < 3
 
     broken, optimizer = start(0)
     zoo.train(broken, optimizer, data, stop)

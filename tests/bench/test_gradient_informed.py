@@ -69,6 +69,24 @@ def test_a_study_runs_once_and_resumes(study: ModuleType, bench: Any, tmp_path: 
     assert (tmp_path / "figure.svg").read_text().count("lora-one") >= 1
 
 
+def test_a_result_keeps_what_another_task_wrote_meanwhile(
+    study: ModuleType, bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, run = tmp_path / "study.json", bench.run
+
+    def meanwhile(*args: Any, **settings: Any) -> Any:
+        path.write_text(json.dumps({"tasks": {"other": {"methods": []}}}))
+        return run(*args, **settings)
+
+    bench.run = meanwhile
+    monkeypatch.setattr(study, "Bench", lambda *_: bench)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    made = study.Study("study", "", {"lora": study.Method("lora")}, tasks=("tiny",))
+    made.main(["--json", str(path), "--seeds", "2", "--lrs", "1e-3", "--figures", str(tmp_path)])
+    result = json.loads(path.read_text())["tasks"]
+    assert list(result) == ["other", "tiny"] and result["tiny"]["methods"][0]["seeds"] == 2
+
+
 def test_a_step_that_is_late_is_not_started(study: ModuleType, bench: Any, tmp_path: Path) -> None:
     import gradient_informed
 

@@ -92,11 +92,6 @@ class SoKAAdapter(KroneckerAdapter):
             return Terms(self.U, self.V)
         return Terms(torch.cat([self.U - self.U0, self.U0]), torch.cat([self.V, self.V - self.V0]))
 
-    @property
-    def live(self) -> int:
-        """How many terms are not zero."""
-        return int((self.U.flatten(1).any(1) & self.V.flatten(1).any(1)).sum())
-
     @torch.no_grad()
     def retruncate(self, energy: float) -> None:
         """Write the update anew as its own leading terms, the fewest with the share ``energy`` of ``||delta||_F^2``.
